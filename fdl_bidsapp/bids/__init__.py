@@ -1,0 +1,1 @@
+"""BIDS in, BIDS out: finding scans, naming and writing derivatives."""

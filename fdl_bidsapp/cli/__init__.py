@@ -1,0 +1,1 @@
+"""The two commands: fdl-bidsapp (the BIDS App) and fdl (the toolbox)."""

@@ -1,0 +1,1 @@
+"""Plain functions on images: grids, intensities, relaxometry, measures, registration."""

@@ -1,0 +1,1 @@
+"""Frequency-disentangled networks in torch; nothing here reads images."""

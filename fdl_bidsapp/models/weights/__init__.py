@@ -1,0 +1,1 @@
+"""Trained bundles (safetensors) and their model cards."""

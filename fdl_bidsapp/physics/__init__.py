@@ -1,0 +1,1 @@
+"""Physics of the gradient echo: arrays in, arrays out."""

@@ -1,0 +1,1 @@
+"""Simulated heads, contrasts and the demonstration dataset."""

@@ -1,0 +1,1 @@
+"""Losses, data, training loop, evaluation."""

@@ -1,0 +1,1 @@
+"""Nipype workflows and interfaces: thin shells around the plain functions."""

@@ -1,0 +1,1 @@
+"""Thin Nipype interfaces: each loads, calls a plain function and saves."""
