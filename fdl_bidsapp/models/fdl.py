@@ -1,0 +1,281 @@
+"""Frequency-disentangled networks: no split, early, late and multimodal fusion.
+
+With ``low`` and ``high`` the two parts of the target image and ``place`` from
+:mod:`fdl_bidsapp.models.fourier`:
+
+* none: ``head(features(x))``, the baseline;
+* early: ``head(features(place(conv_h(high), conv_l(low))))``;
+* late: ``u = features(conv_h(high))``, then ``head(concat[place(u, conv_l(low)), u])``;
+* multimodal: late fusion with the same ``u`` and ``conv_l`` for the low part of every contrast.
+
+Sources: arXiv 2302.12980 (early and late) and "Fourier Disentangled Multimodal Prior Knowledge
+Fusion for Red Nucleus Segmentation in Brain MRI" (multimodal).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fdl_bidsapp.errors import ModelError
+from fdl_bidsapp.labels import Label, by_abbreviation
+from fdl_bidsapp.models.backbones import Backbone, convolution_block, make_backbone
+from fdl_bidsapp.models.fourier import SPECTRA, place, split
+
+CONTRASTS = ("qsm", "r2star", "imag", "swi")
+INTENSITY_SCHEMES = ("minmax", "robust")
+MAX_VOXELS = 2**25
+"""Most voxels of a model's grid (320³): larger ones are a damaged file, not a model."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything but the weights that is needed to run a model.
+
+    Attributes
+    ----------
+    name
+        Name of the model.
+    method
+        ``none``, ``early``, ``late`` or ``multimodal``.
+    backbone
+        A name in :data:`fdl_bidsapp.models.backbones.BACKBONES`.
+    backbone_options
+        Its options, plain values.
+    theta
+        Fraction of the bandwidth in the low part.
+    spectrum
+        ``centred`` or ``released``; see :func:`fdl_bidsapp.models.fourier.split`.
+    fusion_channels
+        Channels into the backbone from the convolution of the high part (and, for early fusion,
+        of the low part). Unused without a split.
+    grid_shape
+        Voxels of the grid the model works on.
+    grid_spacing
+        Its voxel size in mm.
+    contrasts
+        Contrasts that may be the target.
+    intensity
+        For each contrast ``minmax`` or ``robust``; see :mod:`fdl_bidsapp.imaging.intensity`.
+    labels
+        Structures in the order of the network's classes 1, 2, …; class 0 is background.
+    provenance
+        How the model came to be, JSON values.
+
+    Raises
+    ------
+    ModelError
+        A value is out of its range.
+    """
+
+    name: str
+    method: str = "late"
+    backbone: str = "unet"
+    backbone_options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+    theta: float = 0.1
+    spectrum: str = "centred"
+    fusion_channels: int = 4
+    grid_shape: tuple[int, int, int] = (160, 160, 128)
+    grid_spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    contrasts: tuple[str, ...] = ("qsm",)
+    intensity: Mapping[str, str] = field(
+        default_factory=lambda: {"qsm": "robust", "r2star": "robust", "imag": "minmax"}
+    )
+    labels: tuple[Label, ...] = field(
+        default_factory=lambda: by_abbreviation(["RNL", "RNR", "DNL", "DNR"])
+    )
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "name", self.name, "a text")
+        _require(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
+        _require(0 < self.theta < 1, "theta", self.theta, "a number between 0 and 1")
+        _require(
+            self.spectrum in SPECTRA, "spectrum", self.spectrum, f"one of {', '.join(SPECTRA)}"
+        )
+        _require(
+            1 <= self.fusion_channels <= 256,
+            "fusion_channels",
+            self.fusion_channels,
+            "a whole number from 1 to 256",
+        )
+        _require(
+            len(self.grid_shape) == 3
+            and all(3 <= n <= 1024 for n in self.grid_shape)
+            and math.prod(self.grid_shape) <= MAX_VOXELS,
+            "grid_shape",
+            self.grid_shape,
+            f"three axes of 3 to 1024 voxels, together at most {MAX_VOXELS}",
+        )
+        _require(
+            len(self.grid_spacing) == 3 and all(0.05 <= s <= 20 for s in self.grid_spacing),
+            "grid_spacing",
+            self.grid_spacing,
+            "three voxel sizes from 0.05 to 20 mm",
+        )
+        _require(
+            bool(self.contrasts) and set(self.contrasts) <= set(CONTRASTS),
+            "contrasts",
+            self.contrasts,
+            f"one or more of {', '.join(CONTRASTS)}",
+        )
+        _require(
+            set(self.contrasts) <= set(self.intensity)
+            and set(self.intensity.values()) <= set(INTENSITY_SCHEMES),
+            "intensity",
+            dict(self.intensity),
+            f"one of {', '.join(INTENSITY_SCHEMES)} for each contrast",
+        )
+        _require(
+            1 <= len(self.labels) <= 64
+            and len({label.index for label in self.labels}) == len(self.labels),
+            "labels",
+            [label.abbreviation for label in self.labels],
+            "1 to 64 labels with different indices",
+        )
+
+
+def _require(valid: bool, setting: str, value: object, wanted: str) -> None:
+    if not valid:
+        raise ModelError(f"the model's {setting} is {value!r}", f"it has to be {wanted}")
+
+
+class FusionNetwork(nn.Module):
+    """What the four methods share: a backbone, a head, one signature.
+
+    Parameters
+    ----------
+    spec
+        What to build.
+    backbone_channels
+        Channels that the backbone takes.
+    """
+
+    def __init__(self, spec: ModelSpec, backbone_channels: int) -> None:
+        super().__init__()
+        self.theta = spec.theta
+        self.spectrum = spec.spectrum
+        self.classes = len(spec.labels) + 1
+        network = make_backbone(spec.backbone, backbone_channels, **dict(spec.backbone_options))
+        self.backbone = cast(nn.Module, network)
+        self.feature_channels = network.feature_channels
+
+    def features(self, x: Tensor) -> Tensor:
+        """Give the backbone's features of ``x``, with its channels innermost in memory."""
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        return cast(Backbone, self.backbone).features(x)
+
+    def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Segment the target.
+
+        Parameters
+        ----------
+        target : (B, 1, X, Y, Z) tensor
+            The image to segment, normalised.
+        others : sequence of (B, 1, n1, n2, n3) tensors
+            Low parts of the other contrasts; used by multimodal fusion only.
+
+        Returns
+        -------
+        list of (B, K + 1, X, Y, Z) tensors
+            Logits, background first; the target's own first, then one for each of ``others``.
+        """
+        raise NotImplementedError
+
+
+class Unsplit(FusionNetwork):
+    """The backbone alone, on the whole image."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec, 1)
+        self.head = nn.Conv3d(self.feature_channels, self.classes, 1)
+
+    def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
+        """See :meth:`FusionNetwork.forward`."""
+        return [self.head(self.features(target))]
+
+
+class EarlyFusion(FusionNetwork):
+    """The parts are convolved apart and joined before the backbone."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec, spec.fusion_channels)
+        self.conv_h = convolution_block(1, spec.fusion_channels)
+        self.conv_l = convolution_block(1, spec.fusion_channels)
+        self.head = nn.Conv3d(self.feature_channels, self.classes, 1)
+
+    def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
+        """See :meth:`FusionNetwork.forward`."""
+        low, high = split(target, self.theta, self.spectrum)
+        fused = place(self.conv_h(high), self.conv_l(low), self.spectrum)
+        return [self.head(self.features(fused))]
+
+
+class LateFusion(FusionNetwork):
+    """The backbone sees the high part only; the low part joins its last features."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec, spec.fusion_channels)
+        self.conv_h = convolution_block(1, spec.fusion_channels)
+        self.conv_l = convolution_block(1, self.feature_channels)
+        self.head = nn.Sequential(
+            convolution_block(2 * self.feature_channels, self.feature_channels),
+            nn.Conv3d(self.feature_channels, self.classes, 1),
+        )
+
+    def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
+        """See :meth:`FusionNetwork.forward`."""
+        low, high = split(target, self.theta, self.spectrum)
+        return [self.fuse(self.features(self.conv_h(high)), low)]
+
+    def fuse(self, u: Tensor, low: Tensor) -> Tensor:
+        """Join the high part's features with one low part to logits."""
+        placed = place(u, self.conv_l(low), self.spectrum).to(u.dtype)
+        joined = torch.cat([placed, u], dim=1)
+        return self.head(joined.contiguous(memory_format=torch.channels_last_3d))
+
+
+class MultimodalFusion(LateFusion):
+    """Late fusion of the target's high part with the low part of every contrast in turn."""
+
+    def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
+        """See :meth:`FusionNetwork.forward`."""
+        low, high = split(target, self.theta, self.spectrum)
+        u = self.features(self.conv_h(high))
+        return [self.fuse(u, low) for low in (low, *others)]
+
+
+METHODS: dict[str, Callable[[ModelSpec], FusionNetwork]] = {
+    "none": Unsplit,
+    "early": EarlyFusion,
+    "late": LateFusion,
+    "multimodal": MultimodalFusion,
+}
+"""The fusion methods by name."""
+
+
+def build_network(spec: ModelSpec) -> FusionNetwork:
+    """Build the network that a specification describes, with fresh weights.
+
+    The weights lie channels-last in memory, which is the fastest on processors and GPUs alike.
+
+    Raises
+    ------
+    ModelError
+        The backbone does not exist or refuses its options.
+
+    Examples
+    --------
+    >>> spec = ModelSpec("example", backbone_options={"width": 4, "levels": 2})
+    >>> (logits,) = build_network(spec)(torch.rand(1, 1, 12, 12, 10))
+    >>> logits.shape
+    torch.Size([1, 5, 12, 12, 10])
+    """
+    network = METHODS[spec.method](spec)
+    # Its stub knows channels-last for 2-D networks only.
+    return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
