@@ -1,0 +1,288 @@
+"""From probabilities to labels, and from labels to the rows of a scan's table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from fdl_bidsapp.labels import Label
+
+Row = dict[str, float | int | str | None]
+
+NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
+"""26-connectivity: voxels that share a corner belong together."""
+
+SOFT_REACH = 3
+"""Voxels around a structure within which its probability counts to the soft volume."""
+
+FRAGMENTED_ABOVE = 0.1
+"""Share of a structure's voxels outside its largest component."""
+
+LOW_PROBABILITY_BELOW = 0.6
+"""Mean probability over the mask; a voxel enters the mask at 0.5 where two classes compete."""
+
+PLAUSIBLE_VOLUME_MM3 = {
+    "red_nucleus": (80.0, 600.0),
+    "dentate_nucleus": (200.0, 2500.0),
+    "substantia_nigra": (100.0, 1200.0),
+    "subthalamic_nucleus": (30.0, 350.0),
+}
+"""Each side. About a third to three times the means of adult MRI and histology."""
+
+MAPS = {"qsm": ("Magnetic susceptibility", "ppm"), "r2star": ("R2*", "1/s")}
+
+STATISTICS = {
+    "mean": "mean",
+    "median": "median",
+    "std": "standard deviation (of all the structure's voxels, ddof 0)",
+    "p05": "5th percentile",
+    "p95": "95th percentile",
+}
+
+
+def _columns() -> dict[str, dict[str, Any]]:
+    columns: dict[str, dict[str, Any]] = {
+        "index": {"Description": "Value in the label map"},
+        "name": {"Description": "Name of the structure with its side"},
+        "abbreviation": {"Description": "Value of the label entity in the mask's file name"},
+        "structure": {"Description": "Name of the structure without its side"},
+        "hemisphere": {"Description": "Side of the body", "Levels": {"L": "left", "R": "right"}},
+        "volume": {"Description": "Number of voxels times the voxel volume", "Units": "mm^3"},
+        "n_voxels": {"Description": "Number of voxels of the largest component"},
+        "volume_soft": {
+            "Description": "Sum of the structure's probability times the voxel volume, within "
+            f"{SOFT_REACH} voxels of the largest component",
+            "Units": "mm^3",
+        },
+    }
+    for key, (quantity, unit) in MAPS.items():
+        for statistic, words in STATISTICS.items():
+            columns[f"{key}_{statistic}"] = {
+                "Description": f"{quantity}: {words}, over the structure's voxels where the map "
+                "is not 0",
+                "Units": unit,
+            }
+    columns["qc_n_components"] = {
+        "Description": "Number of connected components (26 neighbours) before all but the "
+        "largest were dropped"
+    }
+    columns["qc_mean_probability"] = {
+        "Description": "Mean of the structure's probability over its voxels"
+    }
+    columns["qc_touches_fov"] = {
+        "Description": "Whether the structure touches the end of the field of view",
+        "Levels": {"0": "no", "1": "yes"},
+    }
+    columns["qc_flag"] = {
+        "Description": "ok, or the reasons to look at this segmentation, joined by semicolons",
+        "Levels": {
+            "ok": "nothing conspicuous",
+            "empty": "no voxel was found",
+            "touches_fov": "the structure may be cut off",
+            "fragmented": f"more than {FRAGMENTED_ABOVE:.0%} of its voxels lay outside the "
+            "largest component",
+            "low_probability": f"mean probability below {LOW_PROBABILITY_BELOW}",
+            "implausible_volume": "volume outside the range of adult anatomy",
+        },
+    }
+    return columns
+
+
+COLUMNS = _columns()
+"""The columns of a scan's table, in order, with their BIDS description."""
+
+
+def label_map(probabilities: NDArray[np.float32], labels: Sequence[Label]) -> NDArray[np.uint8]:
+    """Give each voxel its most probable structure, or background.
+
+    Parameters
+    ----------
+    probabilities : (K, X, Y, Z) float array
+        One structure each, without background, which is the rest to 1.
+    labels : K labels
+        In the order of the first axis.
+
+    Returns
+    -------
+    (X, Y, Z) uint8 array
+        Label indices; 0 is background, also in a tie with it.
+
+    Raises
+    ------
+    ValueError
+        There are not as many labels as structures.
+
+    Examples
+    --------
+    >>> from fdl_bidsapp.labels import nuclei
+    >>> probabilities = np.array([0.5, 0.2, 0.4]).reshape(1, 3, 1, 1)
+    >>> probabilities = np.concatenate([probabilities, [[[[0.3]], [[0.2]], [[0.1]]]]])
+    >>> label_map(probabilities, nuclei()[:2]).ravel().tolist()
+    [1, 0, 0]
+    """
+    if len(labels) != len(probabilities):
+        raise ValueError(f"{len(labels)} labels for {len(probabilities)} structures")
+    index = np.array([label.index for label in labels], dtype=np.uint8)
+    background = 1 - probabilities.sum(axis=0)
+    wins = probabilities.max(axis=0) > background
+    return np.where(wins, index[probabilities.argmax(axis=0)], np.uint8(0))
+
+
+def largest_components(
+    label_map: NDArray[np.uint8], labels: Sequence[Label]
+) -> tuple[NDArray[np.uint8], dict[str, tuple[int, int]]]:
+    """Keep each structure's largest component.
+
+    Parameters
+    ----------
+    label_map : (X, Y, Z) array
+        Label indices.
+    labels
+        The structures to clean; other indices stay as they are.
+
+    Returns
+    -------
+    label_map : (X, Y, Z) array
+        A copy with everything else set to background.
+    dropped : {abbreviation: (components, voxels)}
+        Number of components found, and of voxels dropped.
+    """
+    cleaned = label_map.copy()
+    boxes = ndimage.find_objects(label_map)
+    dropped = {}
+    for label in labels:
+        box = boxes[label.index - 1] if label.index <= len(boxes) else None
+        if box is None:
+            dropped[label.abbreviation] = (0, 0)
+            continue
+        regions, n = ndimage.label(label_map[box] == label.index, NEIGHBOURS)
+        sizes = np.bincount(regions.ravel())[1:]
+        lost = (regions > 0) & (regions != 1 + sizes.argmax())
+        cleaned[box][lost] = 0
+        dropped[label.abbreviation] = (n, int(np.count_nonzero(lost)))
+    return cleaned, dropped
+
+
+def measure(
+    label_map: NDArray[np.uint8],
+    probabilities: NDArray[np.float32],
+    labels: Sequence[Label],
+    affine: NDArray[np.float64],
+    maps: Mapping[str, NDArray[np.float32]],
+    *,
+    components: Mapping[str, tuple[int, int]] | None = None,
+    field_of_view: NDArray[np.bool_] | None = None,
+) -> list[Row]:
+    """Measure every structure; one row each, with the keys of `COLUMNS` in their order.
+
+    Parameters
+    ----------
+    label_map : (X, Y, Z) array
+        Label indices after `largest_components`.
+    probabilities : (K, X, Y, Z) array
+        In the order of ``labels``.
+    labels : K labels
+    affine : (4, 4) array
+        Voxel to scanner, in mm.
+    maps : {"qsm": array, "r2star": array}
+        Maps on the same grid, in ppm and 1/s; any may be left out.
+    components
+        What `largest_components` reported; without it, the label map is taken to be unclean still.
+    field_of_view : (X, Y, Z) bool array
+        Where there is data; without it, the whole array.
+
+    Returns
+    -------
+    list of rows
+        ``None`` where there is nothing to measure: an empty structure, a map that is missing.
+        Statistics leave out voxels where the map is exactly 0, which is where it was masked.
+    """
+    if components is None:
+        _, components = largest_components(label_map, labels)
+    voxel_volume = float(abs(np.linalg.det(affine[:3, :3])))
+    boxes = ndimage.find_objects(label_map)
+    rows = []
+    for label, probability in zip(labels, probabilities, strict=True):
+        found = boxes[label.index - 1] if label.index <= len(boxes) else None
+        box = _widened(found or (slice(0, 0),) * 3, label_map.shape, SOFT_REACH)
+        mask = label_map[box] == label.index
+        n_voxels = int(np.count_nonzero(mask))
+        near = ndimage.binary_dilation(mask, iterations=SOFT_REACH) if n_voxels else mask
+        row: Row = {
+            "index": label.index,
+            "name": label.name,
+            "abbreviation": label.abbreviation,
+            "structure": label.structure,
+            "hemisphere": label.hemisphere,
+            "volume": n_voxels * voxel_volume,
+            "n_voxels": n_voxels,
+            "volume_soft": float(probability[box][near].sum(dtype=np.float64)) * voxel_volume,
+        }
+        for key in MAPS:
+            values = maps[key][box][mask] if key in maps else np.empty(0)
+            row |= {f"{key}_{name}": value for name, value in _statistics(values)}
+        n_components, lost = components[label.abbreviation]
+        row["qc_n_components"] = n_components
+        row["qc_mean_probability"] = (
+            float(probability[box][mask].mean(dtype=np.float64)) if n_voxels else None
+        )
+        row["qc_touches_fov"] = int(_touches_end(mask, box, label_map.shape, field_of_view))
+        row["qc_flag"] = ";".join(_reasons(row, lost)) or "ok"
+        rows.append(row)
+    return rows
+
+
+def _widened(box: Sequence[slice], shape: Sequence[int], by: int) -> tuple[slice, ...]:
+    return tuple(
+        slice(max(side.start - by, 0), min(side.stop + by, length))
+        for side, length in zip(box, shape, strict=True)
+    )
+
+
+def _statistics(values: NDArray[np.floating]) -> Iterator[tuple[str, float | None]]:
+    values = values[np.isfinite(values) & (values != 0)].astype(np.float64)
+    if not values.size:
+        yield from ((name, None) for name in STATISTICS)
+        return
+    p05, median, p95 = np.percentile(values, [5, 50, 95])
+    numbers = (values.mean(), median, values.std(), p05, p95)
+    yield from zip(STATISTICS, map(float, numbers), strict=True)
+
+
+def _touches_end(
+    mask: NDArray[np.bool_],
+    box: tuple[slice, ...],
+    shape: Sequence[int],
+    field_of_view: NDArray[np.bool_] | None,
+) -> bool:
+    for axis, (side, length) in enumerate(zip(box, shape, strict=True)):
+        if side.start == 0 and mask.take(0, axis).any():
+            return True
+        if side.stop == length and mask.take(-1, axis).any():
+            return True
+    if field_of_view is None:
+        return False
+    around = ndimage.binary_dilation(mask, NEIGHBOURS) if mask.any() else mask
+    return bool((around & ~field_of_view[box]).any())
+
+
+def _reasons(row: Row, lost: int) -> Iterator[str]:
+    n_voxels, volume, probability = (
+        float(row[key] or 0) for key in ("n_voxels", "volume", "qc_mean_probability")
+    )
+    if not n_voxels:
+        yield "empty"
+        return
+    if row["qc_touches_fov"]:
+        yield "touches_fov"
+    if lost > FRAGMENTED_ABOVE * (n_voxels + lost):
+        yield "fragmented"
+    if probability < LOW_PROBABILITY_BELOW:
+        yield "low_probability"
+    low, high = PLAUSIBLE_VOLUME_MM3.get(str(row["structure"]), (0.0, np.inf))
+    if not low <= volume <= high:
+        yield "implausible_volume"

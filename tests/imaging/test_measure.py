@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fdl_bidsapp.imaging.measure import COLUMNS, label_map, largest_components, measure
+from fdl_bidsapp.labels import by_abbreviation, nuclei
+
+LABELS = by_abbreviation(["RNL", "DNR"])
+AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
+SHAPE = (40, 40, 30)
+
+
+def scene():
+    """RNL: 6 × 6 × 6 voxels = 432 mm³; DNR: 8 × 8 × 8 voxels = 1024 mm³."""
+    probabilities = np.zeros((2, *SHAPE), "f4")
+    probabilities[0, 5:11, 5:11, 5:11] = 0.9
+    probabilities[1, 20:28, 20:28, 10:18] = 0.8
+    return probabilities
+
+
+def rows_of(probabilities, maps=None, **options):
+    cleaned, components = largest_components(label_map(probabilities, LABELS), LABELS)
+    rows = measure(
+        cleaned, probabilities, LABELS, AFFINE, maps or {}, components=components, **options
+    )
+    return {row["abbreviation"]: row for row in rows}
+
+
+def test_label_map_holds_the_most_probable_of_structures_and_background():
+    rng = np.random.default_rng(0)
+    full = rng.dirichlet(np.ones(9), 500).T.reshape(9, 10, 10, 5)
+    labels = nuclei()
+    expected = np.array([0, *(label.index for label in labels)])[full.argmax(axis=0)]
+    result = label_map(full[1:].astype("f4"), labels)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_label_map_uses_label_indices_not_positions():
+    assert set(np.unique(label_map(scene(), LABELS))) == {0, 1, 4}
+
+
+def test_label_map_refuses_labels_that_do_not_match():
+    with pytest.raises(ValueError, match="1 labels for 2"):
+        label_map(scene(), LABELS[:1])
+
+
+def test_largest_component_stays_and_what_was_dropped_is_told():
+    labels = label_map(scene(), LABELS)
+    labels[0, 0, 0] = 1
+    labels[30:33, 0, 0] = 1
+    labels[11, 11, 11] = 1  # touches the nucleus by a corner only
+    cleaned, dropped = largest_components(labels, LABELS)
+    assert dropped == {"RNL": (3, 4), "DNR": (1, 0)}
+    assert np.count_nonzero(cleaned == 1) == 217
+    assert cleaned[11, 11, 11] == 1
+    assert np.count_nonzero(labels == 1) == 221
+
+
+def test_an_absent_structure_has_no_component():
+    labels = np.zeros(SHAPE, np.uint8)
+    assert largest_components(labels, LABELS)[1] == {"RNL": (0, 0), "DNR": (0, 0)}
+
+
+def test_rows_have_exactly_the_described_columns():
+    assert [list(row) for row in rows_of(scene()).values()] == [list(COLUMNS)] * 2
+    assert all(column["Description"] for column in COLUMNS.values())
+    assert COLUMNS["volume"]["Units"] == "mm^3"
+    assert COLUMNS["qsm_p95"]["Units"] == "ppm"
+    assert list(COLUMNS)[:9] == [
+        *[
+            "index",
+            "name",
+            "abbreviation",
+            "structure",
+            "hemisphere",
+            "volume",
+            "n_voxels",
+            "volume_soft",
+        ],
+        "qsm_mean",
+    ]
+
+
+def test_volume_is_voxels_times_voxel_volume_whatever_the_orientation():
+    row = rows_of(scene())["RNL"]
+    assert (row["index"], row["n_voxels"], row["volume"]) == (1, 216, pytest.approx(432))
+    flipped = np.diag([-1.0, 1.0, 2.0, 1.0])
+    cleaned = label_map(scene(), LABELS)
+    assert measure(cleaned, scene(), LABELS, flipped, {})[0]["volume"] == pytest.approx(432)
+
+
+def test_soft_volume_adds_up_probability_near_the_structure_only():
+    probabilities = scene()
+    probabilities[0, 11, 5:11, 5:11] = 0.25
+    probabilities[0, 35, 35, :] = 0.4
+    expected = (216 * 0.9 + 36 * 0.25) * 2
+    assert rows_of(probabilities)["RNL"]["volume_soft"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_statistics_are_those_of_the_map_within_the_mask():
+    rng = np.random.default_rng(0)
+    qsm = rng.normal(0.1, 0.02, SHAPE)
+    row = rows_of(scene(), {"qsm": qsm})["DNR"]
+    values = qsm[20:28, 20:28, 10:18]
+    assert row["qsm_mean"] == pytest.approx(values.mean())
+    assert row["qsm_median"] == pytest.approx(np.median(values))
+    assert row["qsm_std"] == pytest.approx(values.std())
+    assert row["qsm_p05"] == pytest.approx(np.percentile(values, 5))
+    assert row["qsm_p95"] == pytest.approx(np.percentile(values, 95))
+    assert row["r2star_mean"] is None
+
+
+def test_statistics_leave_out_voxels_where_the_map_was_masked():
+    r2star = np.full(SHAPE, 50.0)
+    r2star[20:23] = 0
+    row = rows_of(scene(), {"r2star": r2star})["DNR"]
+    assert (row["r2star_mean"], row["r2star_std"]) == (50, 0)
+    assert rows_of(scene(), {"r2star": np.zeros(SHAPE)})["DNR"]["r2star_mean"] is None
+
+
+def test_an_empty_structure_is_a_row_without_statistics():
+    probabilities = scene()
+    probabilities[0] = 0
+    row = rows_of(probabilities, {"qsm": np.ones(SHAPE)})["RNL"]
+    assert (row["n_voxels"], row["volume"], row["volume_soft"]) == (0, 0, 0)
+    assert (row["qsm_mean"], row["qc_mean_probability"]) == (None, None)
+    assert (row["qc_n_components"], row["qc_touches_fov"], row["qc_flag"]) == (0, 0, "empty")
+
+
+def test_a_sound_structure_is_ok():
+    row = rows_of(scene())["DNR"]
+    assert row["qc_mean_probability"] == pytest.approx(0.8)
+    assert (row["qc_n_components"], row["qc_touches_fov"], row["qc_flag"]) == (1, 0, "ok")
+
+
+@pytest.mark.parametrize(("axis", "end"), [(0, 0), (1, -1), (2, 0), (2, -1)])
+def test_a_structure_at_the_end_of_the_image_is_flagged(axis, end):
+    probabilities = np.zeros((2, *SHAPE), "f4")
+    box = [slice(15, 21)] * 3
+    box[axis] = slice(0, 6) if end == 0 else slice(-6, None)
+    probabilities[(0, *box)] = 0.9
+    row = rows_of(probabilities)["RNL"]
+    assert (row["qc_touches_fov"], row["qc_flag"]) == (1, "touches_fov")
+
+
+def test_a_structure_at_the_end_of_the_data_is_flagged():
+    field_of_view = np.ones(SHAPE, bool)
+    field_of_view[:5] = False
+    rows = rows_of(scene(), field_of_view=field_of_view)
+    assert rows["RNL"]["qc_flag"] == "touches_fov"
+    assert rows["DNR"]["qc_flag"] == "ok"
+
+
+def test_reasons_are_joined():
+    probabilities = np.zeros((2, *SHAPE), "f4")
+    probabilities[0, 5:8, 5:8, 5:8] = 0.55
+    probabilities[0, 20, 20, 20:24] = 0.55
+    row = rows_of(probabilities)["RNL"]
+    assert row["qc_flag"] == "fragmented;low_probability;implausible_volume"
+
+
+def test_a_few_lost_voxels_are_no_fragmentation():
+    probabilities = scene()
+    probabilities[0, 30, 0, 0:20] = 0.9
+    assert rows_of(probabilities)["RNL"]["qc_flag"] == "ok"
+    probabilities[0, 30, 0, 0:25] = 0.9
+    assert rows_of(probabilities)["RNL"]["qc_flag"] == "fragmented"
+
+
+@pytest.mark.parametrize("label", nuclei(), ids=lambda label: label.abbreviation)
+def test_every_nucleus_has_a_plausible_volume(label):
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[10, 10, 10] = label.index
+    probabilities = np.ones((1, *SHAPE), "f4")
+    (row,) = measure(labels, probabilities, (label,), AFFINE, {})
+    assert row["qc_flag"] == "implausible_volume"
