@@ -18,6 +18,9 @@ R2STAR_LIMIT = 1e4
 
 ROBUST_PERCENTILES = (0.5, 99.5)
 
+RATE_LIMITS = (0.0, 150.0)
+"""1/s. Iron-rich nuclei have R2* of 15 (1.5 T) to 120 (7 T)."""
+
 
 def minmax(data: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scale linearly so that the smallest value is 0 and the largest 1.
@@ -32,7 +35,7 @@ def minmax(data: NDArray[np.float32]) -> NDArray[np.float32]:
     >>> minmax(np.array([-1.0, 0.0, 3.0])).tolist()
     [0.0, 0.25, 1.0]
     """
-    return _scaled(data, float(data.min()), float(data.max()))
+    return scale(data, float(data.min()), float(data.max()))
 
 
 def robust(
@@ -65,7 +68,7 @@ def robust(
     True
     """
     first, last = _percentiles(data, low, high)
-    return _scaled(data, first, last)
+    return scale(data, first, last)
 
 
 def _percentiles(data: NDArray[np.float32], low: float, high: float) -> tuple[float, float]:
@@ -76,18 +79,52 @@ def _percentiles(data: NDArray[np.float32], low: float, high: float) -> tuple[fl
     return float(first), float(last)
 
 
-def _scaled(data: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
+def scale(data: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
+    """Take ``low`` to 0 and ``high`` to 1, and clip what lies beyond.
+
+    Raises
+    ------
+    ImageError
+        ``high`` is not above ``low``.
+    """
     if not high > low:
         raise ImageError(f"the image has no contrast: every value is {low:g}", "make it again")
     scaled = (data.astype(np.float32) - np.float32(low)) / np.float32(high - low)
     return np.clip(scaled, 0, 1, out=scaled)
 
 
-SCHEMES = {"minmax": minmax, "robust": robust}
+def limits(data: NDArray[np.float32], scheme: str) -> tuple[float, float]:
+    """Return the values that the named scheme takes to 0 and 1.
+
+    Parameters
+    ----------
+    data
+        Any shape.
+    scheme
+        ``minmax``; ``robust``, between percentiles; or ``rate``, the fixed range 0 to 150 1/s for
+        R2*, which outside the head is noise of any size and has no percentile worth the name.
+
+    Raises
+    ------
+    ValueError
+        There is no such scheme.
+
+    Examples
+    --------
+    >>> limits(np.array([-1.0, 3.0]), "minmax")
+    (-1.0, 3.0)
+    """
+    if scheme == "minmax":
+        return float(data.min()), float(data.max())
+    if scheme == "robust":
+        return _percentiles(data, *ROBUST_PERCENTILES)
+    if scheme == "rate":
+        return RATE_LIMITS
+    raise ValueError(f"unknown scheme {scheme!r}; there are minmax, robust and rate")
 
 
 def normalise(data: NDArray[np.float32], scheme: str) -> NDArray[np.float32]:
-    """Scale to [0, 1] by the named scheme, ``minmax`` or ``robust``.
+    """Scale to [0, 1] by the named scheme, and clip; see `limits`.
 
     Raises
     ------
@@ -96,9 +133,7 @@ def normalise(data: NDArray[np.float32], scheme: str) -> NDArray[np.float32]:
     ValueError
         There is no such scheme.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {scheme!r}; there are {', '.join(SCHEMES)}")
-    return SCHEMES[scheme](data)
+    return scale(data, *limits(data, scheme))
 
 
 def check_units(data: NDArray[np.float32], contrast: str) -> tuple[NDArray[np.float32], str | None]:

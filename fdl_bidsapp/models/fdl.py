@@ -28,7 +28,7 @@ from fdl_bidsapp.models.backbones import Backbone, convolution_block, make_backb
 from fdl_bidsapp.models.fourier import SPECTRA, place, split
 
 CONTRASTS = ("qsm", "r2star", "imag", "swi")
-INTENSITY_SCHEMES = ("minmax", "robust")
+INTENSITY_SCHEMES = ("minmax", "robust", "rate")
 MAX_VOXELS = 2**25
 """Most voxels of a model's grid (320³): larger ones are a damaged file, not a model."""
 
@@ -61,7 +61,8 @@ class ModelSpec:
     contrasts
         Contrasts that may be the target.
     intensity
-        For each contrast ``minmax`` or ``robust``; see :mod:`fdl_bidsapp.imaging.intensity`.
+        For each contrast ``minmax``, ``robust`` or ``rate``; see
+        :func:`fdl_bidsapp.imaging.intensity.limits`.
     labels
         Structures in the order of the network's classes 1, 2, …; class 0 is background.
     provenance
@@ -79,12 +80,17 @@ class ModelSpec:
     backbone_options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
     theta: float = 0.1
     spectrum: str = "centred"
-    fusion_channels: int = 4
+    fusion_channels: int = 12
     grid_shape: tuple[int, int, int] = (160, 160, 128)
     grid_spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
     contrasts: tuple[str, ...] = ("qsm",)
     intensity: Mapping[str, str] = field(
-        default_factory=lambda: {"qsm": "robust", "r2star": "robust", "imag": "minmax"}
+        default_factory=lambda: {
+            "qsm": "robust",
+            "r2star": "rate",
+            "imag": "robust",
+            "swi": "robust",
+        }
     )
     labels: tuple[Label, ...] = field(
         default_factory=lambda: by_abbreviation(["RNL", "RNR", "DNL", "DNR"])

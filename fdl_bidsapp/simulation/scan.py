@@ -1,0 +1,145 @@
+"""One simulated scan: a person, a protocol, a position in the scanner, and all that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fdl_bidsapp.simulation.contrast import Protocol, compute_maps, simulate_signal
+from fdl_bidsapp.simulation.head import build_head, rotation
+from fdl_bidsapp.simulation.tissue import Person, draw_tissues
+
+Array = np.ndarray
+
+FIELD_OF_VIEW = ((-90.0, 90.0), (-124.0, 92.0), (-76.0, 92.0))
+"""The box around a head of the template's size, mm in its space."""
+
+
+@dataclass(frozen=True)
+class SimulatedScan:
+    """A scan with its truth.
+
+    Attributes
+    ----------
+    signal
+        (X, Y, Z, E) complex64 array.
+    maps
+        ``qsm``, ``r2star``, ``imag``, ``swi``; (X, Y, Z) float32 each.
+    labels
+        (X, Y, Z) uint8 array, the nuclei with the indices of the label table.
+    susceptibility
+        (X, Y, Z) float32 array, the true map in ppm.
+    brain
+        (X, Y, Z) bool array.
+    affine
+        Voxel to scanner coordinates, mm.
+    """
+
+    signal: Array
+    maps: dict[str, Array]
+    labels: Array
+    susceptibility: Array
+    brain: Array
+    affine: Array
+
+
+def scan_geometry(
+    spacing: Sequence[float], angles: Sequence[float] = (0.0, 0.0, 0.0)
+) -> tuple[tuple[int, int, int], Array]:
+    """Place a grid of the given voxel size around the head.
+
+    Parameters
+    ----------
+    spacing
+        Voxel size in mm.
+    angles
+        Tilt of the grid about x, y, z in degrees (an oblique scan).
+
+    Returns
+    -------
+    shape : three ints
+    affine : (4, 4) array
+
+    Examples
+    --------
+    >>> scan_geometry((1.0, 1.0, 1.5))[0]
+    (180, 216, 112)
+    """
+    box = np.array(FIELD_OF_VIEW)
+    extent = box[:, 1] - box[:, 0]
+    x, y, z = (int(np.ceil(e / s)) for e, s in zip(extent, spacing, strict=True))
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(angles) @ np.diag(spacing)
+    affine[:3, 3] = box.mean(1) - affine[:3, :3] @ ((np.array([x, y, z]) - 1) / 2)
+    return (x, y, z), affine
+
+
+def simulate_scan(
+    anatomy: np.random.Generator,
+    physiology: np.random.Generator,
+    *,
+    person: Person | None = None,
+    protocol: Protocol | None = None,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    angles: Sequence[float] = (0.0, 0.0, 0.0),
+    variation: float = 1.0,
+    tissue_spread: float = 1.0,
+) -> SimulatedScan:
+    """Simulate a scan from anatomy to maps.
+
+    Parameters
+    ----------
+    anatomy
+        Draws the head: generators in the same state give the same head, whatever else changes.
+    physiology
+        Draws tissue, texture and noise.
+    person, protocol
+        Who is scanned, and how.
+    spacing, angles
+        As for :func:`scan_geometry`.
+    variation, tissue_spread
+        Factors on the spread of anatomy and of tissue.
+
+    Returns
+    -------
+    SimulatedScan
+    """
+    protocol = protocol or Protocol()
+    shape, affine = scan_geometry(spacing, angles)
+    head = build_head(anatomy, shape, affine, variation=variation)
+    tissues = draw_tissues(
+        physiology, person, spread=tissue_spread, field_strength=protocol.field_strength
+    )
+    signal, susceptibility = simulate_signal(head, tissues, affine, protocol, physiology)
+    maps = compute_maps(signal, head.brain, affine, protocol)
+    return SimulatedScan(signal, maps, head.labels, susceptibility, head.brain, affine)
+
+
+def draw_protocol(rng: np.random.Generator) -> tuple[Protocol, tuple[float, ...], Array]:
+    """Draw a protocol, voxel size and tilt from the range that training covers.
+
+    Returns
+    -------
+    protocol : Protocol
+    spacing : three floats, mm
+    angles : (3,) array, degrees
+    """
+    n_echoes = int(rng.integers(3, 8))
+    first = rng.uniform(0.003, 0.007)
+    last = rng.uniform(0.018, 0.036)
+    field_strength = float(rng.choice([1.5, 3.0, 3.0, 3.0, 7.0]))
+    times = np.linspace(first, last, n_echoes) * min(1.0, 4.5 / field_strength)
+    protocol = Protocol(
+        echo_times=tuple(float(t) for t in times),
+        field_strength=field_strength,
+        snr=float(np.exp(rng.uniform(np.log(20), np.log(120)))),
+        bias=float(rng.uniform(0.05, 0.35)),
+        texture=float(rng.uniform(0.5, 2.0)),
+        inversion=str(rng.choice(["tikhonov", "thresholded_division"])),
+    )
+    in_plane = float(rng.uniform(0.85, 1.2))
+    spacing = (in_plane, in_plane, float(rng.choice([in_plane, rng.uniform(1.0, 2.2)])))
+    angles = rng.normal(0, 6, 3)
+    return protocol, spacing, angles

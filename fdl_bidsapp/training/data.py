@@ -1,0 +1,236 @@
+"""Training data: simulated scans kept decoded on disk, and the patches drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fdl_bidsapp.imaging.grid import Grid, canonical, canvas_geometry, conform
+from fdl_bidsapp.imaging.intensity import limits, scale
+from fdl_bidsapp.models.fdl import CONTRASTS
+from fdl_bidsapp.simulation.head import rotation, smooth_noise
+from fdl_bidsapp.simulation.scan import draw_protocol, simulate_scan
+from fdl_bidsapp.simulation.tissue import Person
+
+Array = np.ndarray
+
+
+def cache_simulated_scan(folder: Path, seed: int, grid: Grid, n_labels: int) -> Path:
+    """Simulate one scan of the training range and keep it on the model's canvas.
+
+    Parameters
+    ----------
+    folder
+        Holds the cache.
+    seed
+        Everything about the scan follows from it.
+    grid
+        The model's grid.
+    n_labels
+        How many rows of the label table to keep.
+
+    Returns
+    -------
+    Path
+        A ``.npy`` file of shape (C + 1, X, Y, Z), float16: the contrasts in the order of
+        ``CONTRASTS``, then the labels. An existing one is kept.
+    """
+    path = folder / f"seed-{seed:05d}.npy"
+    if path.exists():
+        return path
+    rng = np.random.default_rng([seed, 1])
+    protocol, spacing, angles = draw_protocol(rng)
+    person = Person(age=float(rng.uniform(18, 90)), parkinson=bool(rng.random() < 0.3))
+    scan = simulate_scan(
+        np.random.default_rng([seed, 2]),
+        np.random.default_rng([seed, 3]),
+        person=person,
+        protocol=protocol,
+        spacing=spacing,
+        angles=angles,
+        variation=float(rng.uniform(0.7, 1.6)),
+        tissue_spread=float(rng.uniform(0.8, 1.8)),
+    )
+    reference = canonical(nib.Nifti1Image(scan.maps["imag"], scan.affine))
+    shape, affine, _ = canvas_geometry(reference, grid)
+
+    def on_canvas(data: Array) -> Array:
+        return conform(canonical(nib.Nifti1Image(data, scan.affine)), shape, affine)
+
+    stack = np.zeros((len(CONTRASTS) + 1, *shape), np.float16)
+    for c, contrast in enumerate(CONTRASTS):
+        # Float16 holds R2* and the magnitude to 0.1 %, and susceptibility far below its noise.
+        stack[c] = on_canvas(scan.maps[contrast])
+    for index in range(1, n_labels + 1):
+        share = on_canvas((scan.labels == index).astype(np.float32))
+        stack[-1][share > 0.5] = index
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, stack)
+    temporary.replace(path)
+    return path
+
+
+class SimulatedPatches:
+    """Draws augmented patches from a folder of cached scans.
+
+    Parameters
+    ----------
+    files
+        Cached scans, as :func:`cache_simulated_scan` writes them.
+    intensity
+        Normalisation of each contrast, as in a model's specification.
+    mirrored
+        For each structure, the position of its partner on the other side.
+    contrasts
+        Contrasts to draw from, with their probabilities.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        intensity: dict[str, str],
+        mirrored: Sequence[int],
+        contrasts: dict[str, float],
+    ) -> None:
+        self.scans = [np.load(file, mmap_mode="r") for file in files]
+        self.swap = np.array([0, *(position + 1 for position in mirrored)], np.uint8)
+        self.contrasts = contrasts
+        self.centres = []
+        self.limits = []
+        for scan in self.scans:
+            inside = np.argwhere(np.asarray(scan[-1]) > 0)
+            self.centres.append((inside.min(0) + inside.max(0)) / 2)
+            self.limits.append(
+                {
+                    contrast: limits(np.asarray(scan[c], np.float32), intensity[contrast])
+                    for c, contrast in enumerate(CONTRASTS)
+                    if contrast in contrasts
+                }
+            )
+
+    def draw(
+        self, rng: np.random.Generator, shape: tuple[int, int, int], jitter: Sequence[float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw one patch around the nuclei.
+
+        Parameters
+        ----------
+        rng
+            Source of randomness.
+        shape
+            Size of the patch in voxels.
+        jitter
+            Largest distance of the patch's centre from the nuclei's, in voxels a axis.
+
+        Returns
+        -------
+        image : (1, 1, X, Y, Z) float32 tensor, normalised and augmented
+        classes : (1, X, Y, Z) long tensor
+        """
+        which = int(rng.integers(len(self.scans)))
+        scan = self.scans[which]
+        contrast = str(rng.choice(list(self.contrasts), p=list(self.contrasts.values())))
+        centre = self.centres[which] + rng.uniform(-1, 1, 3) * np.asarray(jitter)
+        image, labels = self._cut(scan, CONTRASTS.index(contrast), centre, shape, rng)
+        if rng.random() < 0.5:
+            image = image[::-1]
+            labels = self.swap[labels[::-1]]
+        image = degrade(np.ascontiguousarray(image), rng)
+        # The field of view, and with it the percentiles, differ from site to site.
+        low, high = self.limits[which][contrast]
+        width = high - low
+        image = scale(
+            image, low + width * rng.uniform(-0.08, 0.08), high + width * rng.uniform(-0.2, 0.2)
+        )
+        if rng.random() < 0.5:
+            image = image ** np.float32(np.exp(rng.normal(0, 0.3)))
+        if rng.random() < 0.1:
+            # A sign of contrast that no site uses: the shape has to be learnt, not the sign.
+            image = 1 - image
+        return (
+            torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None],
+            torch.from_numpy(np.ascontiguousarray(labels).astype(np.int64))[None],
+        )
+
+    @staticmethod
+    def _cut(
+        scan: Array, channel: int, centre: Array, shape: tuple[int, int, int],
+        rng: np.random.Generator,
+    ) -> tuple[Array, Array]:
+        """Resample a patch, turned and scaled at random; zero beyond the scan."""
+        if rng.random() < 0.4:
+            linear = np.eye(3)
+        else:
+            linear = rotation(rng.normal(0, 7, 3)) @ np.diag(np.exp(rng.normal(0, 0.07, 3)))
+        half = (np.array(shape) - 1) / 2
+        corners = np.stack(np.meshgrid(*[(-h, h) for h in half], indexing="ij"), -1).reshape(-1, 3)
+        reach = np.abs(corners @ linear.T).max(0) + 1
+        low = np.floor(centre - reach).astype(int)
+        high = np.ceil(centre + reach).astype(int) + 1
+        inside = tuple(
+            slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, scan.shape[1:], strict=True)
+        )
+        margin = [(s.start - a, b - s.stop) for s, a, b in zip(inside, low, high, strict=True)]
+        image = np.pad(np.asarray(scan[(channel, *inside)], np.float32), margin)
+        labels = np.pad(np.asarray(scan[(-1, *inside)], np.float32), margin)
+        # Index in the block of a patch voxel i: linear (i - half) + centre - low.
+        theta = _grid_sample_matrix(linear, half, centre - low, image.shape)
+        stack = torch.from_numpy(np.stack([image, labels]))[None]
+        grid = F.affine_grid(theta, [1, 1, *shape], align_corners=True)
+        moved = F.grid_sample(stack[:, :1], grid, "bilinear", "zeros", align_corners=True)
+        classes = F.grid_sample(stack[:, 1:], grid, "nearest", "zeros", align_corners=True)
+        return moved[0, 0].numpy(), classes[0, 0].numpy().astype(np.uint8)
+
+
+def _grid_sample_matrix(
+    linear: Array, half: Array, centre: Array, block: Sequence[int]
+) -> torch.Tensor:
+    """Write ``linear · (i - half) + centre`` in the normalised, reversed axes of torch."""
+    scale = 2 / (np.array(block) - 1)
+    matrix = np.zeros((3, 4))
+    matrix[:, :3] = scale[:, None] * linear * half[None, :]
+    matrix[:, 3] = scale * centre - 1
+    matrix[:, :3] = matrix[::-1, 2::-1]
+    matrix[:, 3] = matrix[::-1, 3]
+    return torch.from_numpy(matrix.astype(np.float32))[None]
+
+
+def degrade(image: Array, rng: np.random.Generator) -> Array:
+    """Blur, coarsen, shade and add noise to an image, each at random.
+
+    Parameters
+    ----------
+    image : (X, Y, Z) float32 array
+        Any unit.
+    rng
+        Source of randomness.
+
+    Returns
+    -------
+    (X, Y, Z) float32 array
+    """
+    import scipy.ndimage as ndi
+
+    spread = float(image.std()) + 1e-12
+    if rng.random() < 0.25:
+        image = ndi.gaussian_filter(image, rng.uniform(0.3, 1.0))
+    if rng.random() < 0.2:
+        axis, factor = int(rng.integers(3)), rng.uniform(1.3, 2.8)
+        n = image.shape[axis]
+        image = ndi.gaussian_filter1d(image, factor / 2.355, axis=axis)
+        positions = np.clip(np.round(np.arange(n) / factor) * factor, 0, n - 1).astype(int)
+        image = np.take(image, positions, axis=axis)
+    if rng.random() < 0.3:
+        shade = smooth_noise(rng, image.shape, (1, 1, 1), rng.uniform(40, 90))
+        image = image * np.exp(np.float32(rng.uniform(0, 0.35)) * shade)
+    if rng.random() < 0.4:
+        noise = rng.standard_normal(image.shape, np.float32)
+        image = image + np.float32(spread * rng.uniform(0, 0.25)) * noise
+    return image.astype(np.float32)

@@ -1,0 +1,53 @@
+"""Losses of segmentation networks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tensor:
+    """Return one minus the soft Dice, averaged over the structures and the batch.
+
+    Parameters
+    ----------
+    logits : (B, K + 1, X, Y, Z) tensor
+        Background first.
+    target : (B, X, Y, Z) long tensor
+        Class of each voxel.
+    epsilon
+        Added to numerator and denominator, in voxels, so that a structure that is absent and not
+        predicted costs nothing.
+
+    Examples
+    --------
+    >>> target = torch.ones(1, 4, 4, 4, dtype=torch.long)
+    >>> logits = torch.zeros(1, 2, 4, 4, 4)
+    >>> logits[:, 1] = 50
+    >>> round(float(soft_dice_loss(logits, target)), 4)
+    0.0
+    """
+    probabilities = logits.float().softmax(1)[:, 1:]
+    truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1)[:, 1:].float()
+    axes = (2, 3, 4)
+    overlap = (probabilities * truth).sum(axes)
+    size = probabilities.sum(axes) + truth.sum(axes)
+    return 1 - ((2 * overlap + epsilon) / (size + epsilon)).mean()
+
+
+def dice_cross_entropy_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the sum of :func:`soft_dice_loss` and the voxel-wise cross-entropy."""
+    return soft_dice_loss(logits, target) + F.cross_entropy(logits.float(), target)
+
+
+def multimodal_loss(outputs: list[Tensor], target: Tensor) -> Tensor:
+    """Return the sum over contrasts of Dice plus cross-entropy.
+
+    Parameters
+    ----------
+    outputs
+        Logits for each contrast, as a fusion network returns them.
+    target : (B, X, Y, Z) long tensor
+    """
+    return torch.stack([dice_cross_entropy_loss(logits, target) for logits in outputs]).sum()
