@@ -31,6 +31,8 @@ CONTRASTS = ("qsm", "r2star", "imag", "swi")
 INTENSITY_SCHEMES = ("minmax", "robust", "rate")
 MAX_VOXELS = 2**25
 """Most voxels of a model's grid (320³): larger ones are a damaged file, not a model."""
+MAX_FEATURES = 2**29
+"""Most values in one full-resolution feature volume (2 GiB in float32), for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class ModelSpec:
     provenance: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(bool(self.name), "name", self.name, "a text")
+        _require(bool(self.name) and self.name.isprintable(), "name", self.name, "one line of text")
         _require(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
         _require(0 < self.theta < 1, "theta", self.theta, "a number between 0 and 1")
         _require(
@@ -137,12 +139,22 @@ class ModelSpec:
             dict(self.intensity),
             f"one of {', '.join(INTENSITY_SCHEMES)} for each contrast",
         )
+        abbreviations = [label.abbreviation for label in self.labels]
         _require(
             1 <= len(self.labels) <= 64
-            and len({label.index for label in self.labels}) == len(self.labels),
-            "labels",
-            [label.abbreviation for label in self.labels],
-            "1 to 64 labels with different indices",
+            and len(set(abbreviations)) == len(abbreviations)
+            # They become part of file names.
+            and all(text.isascii() and text.isalnum() for text in abbreviations),
+            "label abbreviations",
+            abbreviations,
+            "1 to 64 different ones of letters and digits",
+        )
+        indices = [label.index for label in self.labels]
+        _require(
+            len(set(indices)) == len(indices) and all(1 <= index <= 32767 for index in indices),
+            "label indices",
+            indices,
+            "different whole numbers from 1 to 32767",
         )
 
 
@@ -273,7 +285,7 @@ def build_network(spec: ModelSpec) -> FusionNetwork:
     Raises
     ------
     ModelError
-        The backbone does not exist or refuses its options.
+        The backbone does not exist or refuses its options, or is too wide for the grid.
 
     Examples
     --------
@@ -283,5 +295,10 @@ def build_network(spec: ModelSpec) -> FusionNetwork:
     torch.Size([1, 5, 12, 12, 10])
     """
     network = METHODS[spec.method](spec)
+    if network.feature_channels * math.prod(spec.grid_shape) > MAX_FEATURES:
+        raise ModelError(
+            f"{network.feature_channels} channels on a {spec.grid_shape} grid need too much memory",
+            "choose a narrower backbone or a smaller grid",
+        )
     # Its stub knows channels-last for 2-D networks only.
     return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]

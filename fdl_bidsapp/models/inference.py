@@ -1,0 +1,195 @@
+"""Running a network on arrays: the device, its precision, and one scan's probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fdl_bidsapp.errors import ModelError, TemporaryError, UsageError
+from fdl_bidsapp.labels import mirrored
+from fdl_bidsapp.models.fdl import FusionNetwork, ModelSpec
+from fdl_bidsapp.models.fourier import low_part
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Choose where to compute: ``auto`` takes the GPU where there is one.
+
+    Raises
+    ------
+    UsageError
+        ``cuda`` was asked for where PyTorch finds none, or the name is unknown.
+
+    Examples
+    --------
+    >>> resolve_device("cpu")
+    device(type='cpu')
+    """
+    if name not in DEVICES:
+        raise UsageError(f"there is no device {name!r}", f"choose one of: {', '.join(DEVICES)}")
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise UsageError(
+            "the device cuda was asked for, but PyTorch finds no CUDA GPU here",
+            "use --device cpu or auto, or install a CUDA build of PyTorch and its driver",
+        )
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return ``torch.bfloat16`` where the device computes in it by itself, else ``None``.
+
+    On a PyTorch that cannot name the processor's capabilities the answer is ``None``.
+
+    Examples
+    --------
+    >>> autocast_dtype(torch.device("cpu")) in (None, torch.bfloat16)
+    True
+    """
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else None
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if native else None
+
+
+@torch.inference_mode()
+def predict(
+    network: FusionNetwork,
+    spec: ModelSpec,
+    images: Mapping[str, NDArray[np.float32]],
+    target: str,
+    device: torch.device,
+    *,
+    flips: bool = False,
+    average: bool = False,
+    bank: Mapping[str, Sequence[Tensor]] | None = None,
+) -> NDArray[np.float32]:
+    """Give the probability of each structure in one scan.
+
+    Parameters
+    ----------
+    network
+        Network in evaluation mode, on ``device``.
+    spec
+        What it was built from.
+    images : contrast → (X, Y, Z) float array
+        The scan's normalised images on the model's grid, first axis from left to right.
+    target
+        The contrast to segment, one of ``spec.contrasts``.
+    device
+        Where to compute; bfloat16 autocast where :func:`autocast_dtype` says so.
+    flips
+        Average with the prediction for the left-right mirrored scan.
+    average
+        Multimodal models: average the predictions from the low part of each contrast, not only the
+        target's own. A contrast the scan lacks takes its low part from the bank (its first image),
+        and is dropped where the bank lacks it too.
+    bank : contrast → low parts (n1, n2, n3)
+        The model's low-frequency bank.
+
+    Returns
+    -------
+    (K, X, Y, Z) float32 array
+        Probabilities in the order of ``spec.labels``; background is one minus their sum.
+
+    Raises
+    ------
+    ModelError
+        The model does not segment that contrast.
+    KeyError
+        ``images`` lacks the target.
+    ValueError
+        An image is not on the model's grid.
+    TemporaryError
+        The GPU's memory is full.
+    """
+    if target not in spec.contrasts:
+        raise ModelError(
+            f"the model {spec.name!r} does not segment {target}",
+            f"it takes {', '.join(spec.contrasts)}; choose another target or model",
+        )
+    volumes = {contrast: _volume(image, spec, device) for contrast, image in images.items()}
+    try:
+        total = _probabilities(network, spec, volumes, target, average, bank or {})
+        if flips:
+            volumes = {contrast: volume.flip(2) for contrast, volume in volumes.items()}
+            swapped = _probabilities(network, spec, volumes, target, average, bank or {})
+            total = (total + swapped[list(mirrored(spec.labels))].flip(1)) / 2
+        return total.cpu().numpy()
+    except torch.cuda.OutOfMemoryError as error:
+        raise TemporaryError(
+            "the GPU has too little free memory for this model",
+            "wait until it is free, or use --device cpu",
+        ) from error
+
+
+def _volume(image: NDArray[np.float32], spec: ModelSpec, device: torch.device) -> Tensor:
+    if image.shape != tuple(spec.grid_shape):
+        raise ValueError(f"the image is {image.shape}, the model's grid {spec.grid_shape}")
+    volume = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+    return volume.to(device)[None, None]
+
+
+def _probabilities(
+    network: FusionNetwork,
+    spec: ModelSpec,
+    volumes: Mapping[str, Tensor],
+    target: str,
+    average: bool,
+    bank: Mapping[str, Sequence[Tensor]],
+) -> Tensor:
+    volume = volumes[target]
+    others: list[Tensor] = []
+    if average and spec.method == "multimodal":
+        others = other_low_parts(spec, volumes, target, bank)
+    dtype = autocast_dtype(volume.device)
+    with torch.autocast(volume.device.type, dtype, enabled=dtype is not None):
+        logits = network(volume, others)
+    return torch.stack([each[0].float().softmax(0)[1:] for each in logits]).mean(0)
+
+
+def other_low_parts(
+    spec: ModelSpec,
+    volumes: Mapping[str, Tensor],
+    target: str,
+    bank: Mapping[str, Sequence[Tensor]],
+) -> list[Tensor]:
+    """Collect the low parts of the contrasts beside the target.
+
+    Each comes from the subject where it has the contrast, else from the bank's first image, else
+    it is left out.
+
+    Parameters
+    ----------
+    volumes : contrast → (1, 1, X, Y, Z) tensor
+        The subject's images, the target among them.
+
+    Returns
+    -------
+    list of (1, 1, n1, n2, n3) tensors
+
+    Examples
+    --------
+    >>> spec = ModelSpec("example", contrasts=("qsm", "imag"), grid_shape=(20, 20, 20))
+    >>> volumes = {"qsm": torch.rand(1, 1, 20, 20, 20)}
+    >>> (low,) = other_low_parts(spec, volumes, "qsm", bank={"imag": [torch.rand(3, 3, 3)]})
+    >>> low.shape
+    torch.Size([1, 1, 3, 3, 3])
+    """
+    device = volumes[target].device
+    parts = []
+    for contrast in dict.fromkeys([*spec.contrasts, *bank]):
+        if contrast == target:
+            continue
+        if contrast in volumes:
+            parts.append(low_part(volumes[contrast], spec.theta, spec.spectrum))
+        elif bank.get(contrast):
+            parts.append(bank[contrast][0].to(device)[None, None])
+    return parts
