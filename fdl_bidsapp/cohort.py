@@ -1,0 +1,477 @@
+"""The table of a cohort, from the output folder alone.
+
+The long table is balanced: every scan has a row for every structure, whatever became of it, so that
+a scan that failed is seen as missing and not overlooked. The wide table has one row a scan.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fdl_bidsapp.bids.inputs import parse_name
+from fdl_bidsapp.bids.outputs import write_json, write_tsv
+from fdl_bidsapp.errors import InputMissingError
+from fdl_bidsapp.imaging.measure import COLUMNS
+from fdl_bidsapp.labels import nuclei
+
+Row = dict[str, Any]
+
+OUTLIER_ABOVE = 3.5
+"""Modified z-score from which a value is called an outlier (Iglewicz & Hoaglin, 1993)."""
+
+OUTLIER_SCANS = 10
+"""Fewest scans from which a median and a spread are worth comparing with."""
+
+OUTLIER_MEASURES = ("volume", "qsm_mean", "r2star_mean")
+
+_NOT_RUN = "no output found: run the participant level"
+_IDENTITY = ("index", "name", "abbreviation", "structure", "hemisphere")
+_ENTITIES = {
+    "subject": "participant_id",
+    "session": "session_id",
+    "acquisition": "acquisition",
+    "run": "run",
+}
+_BEFORE: dict[str, Row] = {
+    "participant_id": {"Description": "Participant"},
+    "session_id": {"Description": "Session"},
+    "acquisition": {"Description": "Label of the acquisition"},
+    "run": {"Description": "Index of the run"},
+}
+_STATUS: dict[str, Row] = {
+    "status": {
+        "Description": "What became of the scan",
+        "Levels": {
+            "ok": "segmented and measured",
+            "failed": "not segmented, for the reason under error",
+            "missing_input": "no usable image was found",
+        },
+    }
+}
+_COMPUTED: dict[str, Row] = {
+    "brain_volume": {
+        "Description": "Volume of the brain mask that came with the scan",
+        "Units": "mm^3",
+    },
+    "volume_fraction": {"Description": "Volume of the structure divided by that of the brain"},
+    "qc_asymmetry": {
+        "Description": "Difference between the left and the right volume over their mean; the "
+        "same on both rows of a pair",
+        "Units": "percent",
+    },
+    "qc_outlier": {
+        "Description": "Measures of this structure that lie far from those of the other scans: "
+        f"modified z-score (from median and median absolute deviation) above {OUTLIER_ABOVE}; "
+        f"joined by semicolons, or none; n/a with fewer than {OUTLIER_SCANS} scans",
+    },
+}
+_PROVENANCE: dict[str, Row] = {
+    "app_version": {"Description": "Version of fdl-bidsapp"},
+    "model_name": {"Description": "Name of the model"},
+    "model_sha256": {"Description": "SHA-256 of the model file"},
+    "target": {"Description": "Contrast that was segmented"},
+    "inputs_used": {"Description": "Input images as BIDS URIs: contrast=URI,URI;contrast=URI"},
+    "voxel_volume": {"Description": "Volume of a voxel of the scan", "Units": "mm^3"},
+    "error": {"Description": "Why there is no segmentation"},
+}
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The long table of a cohort.
+
+    Attributes
+    ----------
+    rows
+        One for each scan and structure, sorted; numbers as numbers, ``None`` where there is none.
+    columns
+        The columns in order, each with its BIDS description.
+    scans
+        How many scans have which status.
+    warnings
+        What a reader of the table should know, one line each.
+    """
+
+    rows: list[Row]
+    columns: dict[str, Row]
+    scans: dict[str, int]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Scan:
+    entities: dict[str, str]
+    status: str
+    error: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    brain_volume: float | None = None
+    measures: tuple[Row, ...] = ()
+
+
+def collect(output_dir: Path, bids_dir: Path | None = None) -> Cohort:
+    """Gather the tables of all scans in an output folder.
+
+    Parameters
+    ----------
+    output_dir
+        Output of the participant level.
+    bids_dir
+        Dataset whose ``participants.tsv`` is joined, where it has one. Its participants without
+        any output are listed as ``missing_input``.
+
+    Returns
+    -------
+    Cohort
+        A scan whose record or table cannot be read is a failed one.
+
+    Raises
+    ------
+    InputMissingError
+        The folder is absent, or holds no record of any scan.
+    """
+    warnings: list[str] = []
+    scans = _read_scans(output_dir)
+    people, descriptions = _read_participants(bids_dir, warnings) if bids_dir else ({}, {})
+    known = {scan.entities.get("subject") for scan in scans}
+    scans += [
+        _Scan({"subject": label}, "missing_input", _NOT_RUN)
+        for label in people
+        if label not in known
+    ]
+    others = sorted({name for scan in scans for name in scan.entities} - set(_ENTITIES))
+    order = (*_ENTITIES, *others)
+    scans.sort(key=lambda scan: [_natural(scan.entities.get(name)) for name in order])
+    structures = _structures(scans)
+    rows = [row for scan in scans for row in _rows(scan, structures, others)]
+    _mark_outliers(rows)
+
+    columns = {
+        **_BEFORE,
+        **{name: {"Description": f"Value of the BIDS entity {name}"} for name in others},
+        **_STATUS,
+        **COLUMNS,
+        **_COMPUTED,
+        **_PROVENANCE,
+    }
+    joined = {name: f"{name}_participants" if name in columns else name for name in descriptions}
+    for row in rows:
+        person = people.get(row["participant_id"].removeprefix("sub-"), {})
+        row.update({joined[name]: person.get(name) for name in descriptions})
+    columns |= {joined[name]: descriptions[name] for name in descriptions}
+    warnings += _mixtures(scans)
+    status = dict(sorted(Counter(scan.status for scan in scans).items()))
+    return Cohort(rows, columns, status, tuple(warnings))
+
+
+def widen(cohort: Cohort) -> tuple[list[Row], dict[str, Row]]:
+    """Put all structures of a scan in one row, as ``<abbreviation>_<measure>``.
+
+    Returns
+    -------
+    rows, columns
+        As in `Cohort`.
+    """
+    measures = [
+        name
+        for name in (*COLUMNS, "volume_fraction", "qc_asymmetry", "qc_outlier")
+        if name not in _IDENTITY
+    ]
+    names = {row["abbreviation"]: row["name"] for row in cohort.rows}
+    shared = [name for name in cohort.columns if name not in (*measures, *_IDENTITY)]
+    first = shared[: shared.index("status") + 1]
+    columns = {name: cohort.columns[name] for name in first}
+    for abbreviation, title in names.items():
+        for measure in measures:
+            about = cohort.columns[measure]
+            columns[f"{abbreviation}_{measure}"] = {
+                **about,
+                "Description": f"{title}: {about['Description']}",
+            }
+    columns |= {name: cohort.columns[name] for name in shared}
+
+    rows = []
+    # Balanced, and sorted by scan: each run of as many rows as there are structures is one scan.
+    for start in range(0, len(cohort.rows), len(names)):
+        group = cohort.rows[start : start + len(names)]
+        row = {name: group[0][name] for name in shared}
+        for part in group:
+            row |= {f"{part['abbreviation']}_{name}": part[name] for name in measures}
+        rows.append(row)
+    return rows, columns
+
+
+def write_group(output_dir: Path, bids_dir: Path | None = None) -> Cohort:
+    """Write ``group_morph.tsv`` and ``group_morph_wide.tsv``, each with its JSON dictionary.
+
+    Parameters, errors and result are those of `collect`.
+    """
+    cohort = collect(output_dir, bids_dir)
+    for name, rows, columns in (
+        ("group_morph", cohort.rows, cohort.columns),
+        ("group_morph_wide", *widen(cohort)),
+    ):
+        write_tsv(output_dir / f"{name}.tsv", rows, list(columns))
+        write_json(output_dir / f"{name}.json", columns)
+    return cohort
+
+
+def _read_scans(output_dir: Path) -> list[_Scan]:
+    found = {
+        path.with_suffix("")
+        for pattern in ("sub-*/anat/*_morph.*", "sub-*/ses-*/anat/*_morph.*")
+        for path in output_dir.glob(pattern)
+        if path.suffix in (".json", ".tsv") and not path.name.startswith(".")
+    }
+    if not found:
+        raise InputMissingError(
+            "there is no result of any scan here",
+            "run the participant level first, with the same output folder",
+            path=output_dir,
+        )
+    return [_read_scan(stem) for stem in sorted(found)]
+
+
+def _read_scan(stem: Path) -> _Scan:
+    path = stem.with_suffix(".json")
+    try:
+        record = _read_json(path)
+        scan = _Scan(
+            entities={name: str(value) for name, value in record["Entities"].items()},
+            status=record["Status"],
+            error=_one_line(record["Error"]["Cause"]) if record.get("Error") else None,
+            provenance=_provenance(record),
+            brain_volume=_number(record.get("BrainVolume")),
+        )
+        if scan.status not in _STATUS["status"]["Levels"] or "subject" not in scan.entities:
+            raise ValueError("no known status, or no participant")
+    except FileNotFoundError:
+        return _Scan(_from_name(stem), "failed", f"{path.name} is missing: run the scan again")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        return _Scan(_from_name(stem), "failed", _unreadable(path, problem))
+    if scan.status != "ok":
+        return scan
+    path = stem.with_suffix(".tsv")
+    try:
+        return replace(scan, measures=_read_measures(path))
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as problem:
+        return replace(scan, status="failed", error=_unreadable(path, problem))
+
+
+def _read_measures(path: Path) -> tuple[Row, ...]:
+    rows = []
+    for cells in _read_tsv(path):
+        row: Row = {name: cells[name] for name in _IDENTITY}
+        row["index"] = int(cells["index"])
+        if None in row.values():
+            raise ValueError("a row is cut short")
+        for name in COLUMNS:
+            if name not in _IDENTITY:
+                text = _text(cells.get(name))
+                row[name] = text if text is None or name == "qc_flag" else _number(text)
+        rows.append(row)
+    if not rows:
+        raise ValueError("there are no rows")
+    return tuple(rows)
+
+
+def _provenance(record: Mapping[str, Any]) -> Row:
+    used = record.get("InputsUsed") or {}
+    return {
+        "app_version": record.get("AppVersion"),
+        "model_name": record.get("ModelName"),
+        "model_sha256": record.get("ModelSHA256"),
+        "target": record.get("Target"),
+        "inputs_used": ";".join(f"{name}={','.join(uris)}" for name, uris in used.items()) or None,
+        "voxel_volume": _number(record.get("VoxelVolume")),
+    }
+
+
+def _rows(scan: _Scan, structures: Sequence[Row], others: Sequence[str]) -> list[Row]:
+    start = {
+        column: _prefixed(entity, scan.entities.get(entity)) for entity, column in _ENTITIES.items()
+    }
+    start |= {name: scan.entities.get(name) for name in others}
+    start["status"] = scan.status
+    end = {**dict.fromkeys(_PROVENANCE), **scan.provenance, "error": scan.error}
+    measured = {row["abbreviation"]: row for row in scan.measures}
+    volumes = {(row["structure"], row["hemisphere"]): row["volume"] for row in scan.measures}
+    rows = []
+    for structure in structures:
+        row = dict.fromkeys(COLUMNS) | structure | measured.get(structure["abbreviation"], {})
+        volume = row["volume"]
+        brain = row["brain_volume"] = scan.brain_volume
+        row["volume_fraction"] = volume / brain if brain and volume is not None else None
+        row["qc_asymmetry"] = _asymmetry(
+            volumes.get((row["structure"], "L")), volumes.get((row["structure"], "R"))
+        )
+        row["qc_outlier"] = None
+        rows.append({**start, **row, **end})
+    return rows
+
+
+def _structures(scans: Iterable[_Scan]) -> list[Row]:
+    found: dict[str, Row] = {}
+    for scan in scans:
+        for row in scan.measures:
+            found.setdefault(row["abbreviation"], {name: row[name] for name in _IDENTITY})
+    if not found:
+        return [{name: getattr(label, name) for name in _IDENTITY} for label in nuclei()]
+    return sorted(found.values(), key=lambda row: (row["index"], row["abbreviation"]))
+
+
+def _asymmetry(left: float | None, right: float | None) -> float | None:
+    if left is None or right is None or left + right == 0:
+        return None
+    return 200 * (left - right) / (left + right)
+
+
+def _mark_outliers(rows: Sequence[Row]) -> None:
+    by_structure = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok":
+            by_structure[row["abbreviation"]].append(row)
+    for group in by_structure.values():
+        for measure in OUTLIER_MEASURES:
+            known = [row for row in group if row[measure] is not None]
+            if len(known) < OUTLIER_SCANS:
+                continue
+            far = _is_far([row[measure] for row in known])
+            for row, outlying in zip(known, far, strict=True):
+                before = row["qc_outlier"] or "none"
+                if outlying:
+                    row["qc_outlier"] = measure if before == "none" else f"{before};{measure}"
+                else:
+                    row["qc_outlier"] = before
+
+
+def _is_far(values: Sequence[float]) -> list[bool]:
+    """Tell which values have a modified z-score above `OUTLIER_ABOVE`.
+
+    Examples
+    --------
+    >>> _is_far([10, 11, 12, 13, 14, 40])
+    [False, False, False, False, False, True]
+    """
+    middle = median(values)
+    distances = [abs(value - middle) for value in values]
+    spread = median(distances)
+    # 0.6745 makes the median absolute deviation of a normal distribution its standard deviation.
+    return [spread > 0 and 0.6745 * distance / spread > OUTLIER_ABOVE for distance in distances]
+
+
+def _mixtures(scans: Iterable[_Scan]) -> list[str]:
+    finished = [scan.provenance for scan in scans if scan.status == "ok"]
+    found = []
+    for key, words in (
+        ("app_version", "versions of fdl-bidsapp"),
+        ("model_sha256", "models"),
+        ("target", "target contrasts"),
+    ):
+        values = sorted({str(each[key]) for each in finished if each[key]})
+        if len(values) > 1:
+            found.append(
+                f"the table mixes {len(values)} {words} ({', '.join(v[:12] for v in values)}): "
+                "compare scans within one, or run all scans alike"
+            )
+    return found
+
+
+def _read_participants(
+    bids_dir: Path, warnings: list[str]
+) -> tuple[dict[str, dict[str, str | None]], dict[str, Row]]:
+    path = bids_dir / "participants.tsv"
+    try:
+        table = list(_read_tsv(path))
+    except FileNotFoundError:
+        return {}, {}
+    except (OSError, ValueError, csv.Error) as problem:
+        warnings.append(f"{path}: not joined, it cannot be read ({_one_line(str(problem))})")
+        return {}, {}
+    if not table or "participant_id" not in table[0]:
+        warnings.append(f"{path}: not joined, it has no rows or no column participant_id")
+        return {}, {}
+    names = [name for name in table[0] if name and name != "participant_id"]
+    people: dict[str, dict[str, str | None]] = {}
+    for row in table:
+        label = (row["participant_id"] or "").removeprefix("sub-")
+        if label in people:
+            warnings.append(f"{path}: sub-{label} is listed twice; its first row is used")
+        elif label and label != "n/a":
+            people[label] = {name: _text(row[name]) for name in names}
+    described = _read_descriptions(bids_dir / "participants.json", warnings)
+    default = {"Description": "From participants.tsv"}
+    return people, {name: described.get(name) or default for name in names}
+
+
+def _read_descriptions(path: Path, warnings: list[str]) -> dict[str, Row]:
+    try:
+        return {name: about for name, about in _read_json(path).items() if isinstance(about, dict)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as problem:
+        warnings.append(f"{path}: not used, it cannot be read ({_one_line(str(problem))})")
+        return {}
+
+
+def _read_tsv(path: Path) -> Iterable[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        yield from csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_json(path: Path) -> Any:
+    # NaN is no JSON, though Python writes and reads it.
+    return json.loads(path.read_text("utf-8-sig"), parse_constant=lambda _: None)
+
+
+def _number(value: object) -> int | float | None:
+    """Read a number; ``None`` if there is none or it is not finite.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is not a number.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) and value.lstrip("-").isdecimal():
+        return int(value)
+    number = float(value)  # type: ignore[arg-type]
+    return number if math.isfinite(number) else None
+
+
+def _text(text: str | None) -> str | None:
+    text = text.strip() if text else ""
+    return None if text in ("", "n/a") else text
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _unreadable(path: Path, problem: Exception) -> str:
+    return _one_line(f"{path.name} cannot be read ({type(problem).__name__}: {problem})")
+
+
+def _prefixed(entity: str, value: str | None) -> str | None:
+    prefix = {"subject": "sub-", "session": "ses-"}.get(entity, "")
+    return None if value is None else prefix + value
+
+
+def _from_name(stem: Path) -> dict[str, str]:
+    parts = parse_name(stem.name)
+    return {name: parts[name] for name in parts if name not in ("suffix", "extension")}
+
+
+def _natural(text: str | None) -> list[tuple[int, int, str]]:
+    """Sort key by which ``2`` comes before ``10``, and nothing before anything."""
+    parts = re.findall(r"\d+|\D+", text or "")
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
