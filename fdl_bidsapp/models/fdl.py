@@ -133,7 +133,7 @@ class ModelSpec:
             f"one or more of {', '.join(CONTRASTS)}",
         )
         _require(
-            set(self.contrasts) <= set(self.intensity)
+            set(self.contrasts) <= set(self.intensity) <= set(CONTRASTS)
             and set(self.intensity.values()) <= set(INTENSITY_SCHEMES),
             "intensity",
             dict(self.intensity),

@@ -135,9 +135,7 @@ def test_released_split_cuts_two_axes_of_the_unshifted_spectrum(shape):
 
     low, high = split(x, 0.3, "released")
 
-    np.testing.assert_allclose(
-        low, np.fft.ifftn(spectrum[window], norm="forward").real, atol=1e-5
-    )
+    np.testing.assert_allclose(low, np.fft.ifftn(spectrum[window], norm="forward").real, atol=1e-5)
     np.testing.assert_allclose(high, np.fft.ifftn(rest, norm="forward").real, atol=1e-5)
     merged = np.fft.fftn(high.double().numpy(), norm="forward")
     merged[window] = np.fft.fftn(low.double().numpy(), norm="forward")
