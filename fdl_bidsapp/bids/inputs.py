@@ -36,8 +36,13 @@ Entities = tuple[tuple[str, str], ...]
 
 ECHO_DERIVATIONS = ("echo_mean", "echo_fit")
 
+_VALUES = {"str": "[a-zA-Z0-9+]+", "int": "[0-9]+"}
+
 LONGEST_ECHO_TIME = 1.0
 """Seconds; T2* of tissue is tens of milliseconds, so a longer echo time is one given in ms."""
+
+
+_DESCRIPTION = 'give it at least {"Name": "…", "BIDSVersion": "1.10.0"}, and GeneratedBy as a list'
 
 
 @dataclass(frozen=True)
@@ -365,27 +370,40 @@ class _Candidates:
     notes: list[str] = field(default_factory=list)
 
     def add(self, dataset: Dataset, layout: Any) -> None:
-        """Query one dataset's index for every contrast."""
+        """Sort the files of one dataset's index by what they may be."""
         spec = io_spec()["inputs"]
-        every = {"extension": spec["extensions"], "space": spec["native_spaces"]}
-        for contrast, ranks in spec["contrasts"].items():
-            allowed = self._allowed(contrast, dataset, layout)
-            for rank, rule in enumerate(ranks):
-                for file in self._query(dataset, layout, {**every, **rule["query"]}):
-                    rejected = any(
+        allowed = {contrast: self._allowed(contrast, dataset, layout) for contrast in self.filters}
+        for path in _get(layout, {}):
+            file = self._accepted(Path(path), dataset)
+            if file is None:
+                continue
+            if _matches(file.entities, spec["brain_mask"]):
+                self.masks.setdefault(file.entities["subject"], []).append(file)
+            for contrast, ranks in spec["contrasts"].items():
+                if contrast in allowed and file.path not in allowed[contrast]:
+                    continue
+                for rank, rule in enumerate(ranks):
+                    if _matches(file.entities, rule["query"]) and not any(
                         file.entities.get(name) in values
                         for name, values in rule.get("reject", {}).items()
-                    )
-                    if rejected or (allowed is not None and file.path not in allowed):
-                        continue
-                    key = _scan_key(file.entities, rule["query"])
-                    self.scans.setdefault(key, {}).setdefault((contrast, rank), []).append(file)
-        for file in self._query(dataset, layout, {**every, **spec["brain_mask"]}):
-            self.masks.setdefault(file.entities["subject"], []).append(file)
+                    ):
+                        key = _scan_key(file.entities, rule["query"])
+                        self.scans.setdefault(key, {}).setdefault((contrast, rank), []).append(file)
 
-    def _allowed(self, contrast: str, dataset: Dataset, layout: Any) -> set[Path] | None:
-        if contrast not in self.filters:
+    def _accepted(self, path: Path, dataset: Dataset) -> _File | None:
+        entities = parse_name(path.name)
+        native = entities.get("space") in io_spec()["inputs"]["native_spaces"]
+        if not (native and self.wanted(entities)) or _is_excluded(path, dataset, self.excluded):
             return None
+        if not _is_well_formed(entities):
+            self.notes.append(f"{path} was left out: its name is not valid BIDS")
+            return None
+        if path.relative_to(dataset.root).parent != _folder(entities):
+            self.notes.append(f"{path} was left out: its name and its folder disagree")
+            return None
+        return _File(path, dataset, entities)
+
+    def _allowed(self, contrast: str, dataset: Dataset, layout: Any) -> set[Path]:
         query = dict(self.filters[contrast])
         scope = query.pop("scope", dataset.name)
         if dataset.name not in ([scope] if isinstance(scope, str) else scope):
@@ -397,21 +415,6 @@ class _Candidates:
                 f"the filter for {contrast} cannot be used: {error}",
                 "use pybids entity names in the --bids-filter-file",
             ) from None
-
-    def _query(self, dataset: Dataset, layout: Any, query: Mapping[str, Any]) -> list[_File]:
-        found = []
-        for name in _get(layout, query):
-            path = Path(name)
-            entities = parse_name(path.name)
-            if not self.wanted(entities) or _is_excluded(path, dataset, self.excluded):
-                continue
-            if path.relative_to(dataset.root).parent != _folder(entities):
-                note = f"{path} was left out: its name and its folder disagree"
-                if note not in self.notes:
-                    self.notes.append(note)
-                continue
-            found.append(_File(path, dataset, entities))
-        return found
 
     def resolve(self, key: Entities) -> Scan | None:
         """Choose one source per contrast; ``None`` where no contrast is usable."""
@@ -536,6 +539,13 @@ def _scan_key(entities: Mapping[str, str], query: Mapping[str, Any]) -> Entities
     )
 
 
+def _is_well_formed(entities: Mapping[str, str]) -> bool:
+    return all(
+        re.fullmatch(_VALUES[entity.get("dtype", "str")], entities.get(entity["name"], "0"))
+        for entity in io_spec()["entities"]
+    )
+
+
 def _folder(entities: Mapping[str, str]) -> Path:
     parts = [f"sub-{entities.get('subject')}"]
     if "session" in entities:
@@ -564,6 +574,16 @@ def _ambiguity(contrasts: Sequence[str], one: _File, other: _File) -> AmbiguousI
         remedy,
         path=one.path,
     )
+
+
+def _matches(entities: Mapping[str, str], query: Mapping[str, Any]) -> bool:
+    """Apply a query of ``io_spec.json``: ``null`` is an absent entity, ``"*"`` any value."""
+    for name, wanted in query.items():
+        value = entities.get(name)
+        choices = wanted if isinstance(wanted, list) else [wanted]
+        if value not in choices and (value is None or "*" not in choices):
+            return False
+    return True
 
 
 def _get(layout: Any, query: Mapping[str, Any]) -> list[str]:
@@ -637,11 +657,10 @@ def _new_layout(root: Path, keep: re.Pattern[str], database: Path | None) -> Any
 def _pybids_entities() -> list[dict[str, Any]]:
     # Matched within the file name alone: pybids' own patterns also see the folders above the
     # dataset, so that a dataset below .../sub-99/ would be all of participant 99.
-    alphabet = {"str": "[a-zA-Z0-9+]", "int": "[0-9]"}
     entities = [
         {
             "name": entity["name"],
-            "pattern": rf"[/_]{entity['key']}-({alphabet[dtype]}+)[_.][^/]*$",
+            "pattern": rf"[/_]{entity['key']}-({_VALUES[dtype]})[_.][^/]*$",
             "dtype": dtype,
         }
         for entity in io_spec()["entities"]
@@ -764,17 +783,10 @@ def _read_description(root: Path, remedy: str) -> dict[str, Any]:
             path=root,
         ) from None
     except (OSError, ValueError) as error:
-        raise NotADatasetError(
-            "the dataset description cannot be read as JSON",
-            'write {"Name": "…", "BIDSVersion": "1.10.0"} into it',
-            path=path,
-        ) from error
-    if not isinstance(description, dict):
-        raise NotADatasetError(
-            "the dataset description is not a JSON object",
-            'write {"Name": "…", "BIDSVersion": "1.10.0"} into it',
-            path=path,
-        )
+        raise NotADatasetError("it cannot be read as JSON", _DESCRIPTION, path=path) from error
+    makers = description.get("GeneratedBy", []) if isinstance(description, dict) else None
+    if not isinstance(makers, list) or not all(isinstance(maker, dict) for maker in makers):
+        raise NotADatasetError("it does not describe a BIDS dataset", _DESCRIPTION, path=path)
     return description
 
 

@@ -14,6 +14,8 @@ from fdl_bidsapp.errors import (
     InputMissingError,
     NoMatchError,
     NotADatasetError,
+    OutputError,
+    StorageError,
     UsageError,
 )
 
@@ -371,7 +373,9 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
         find_scans(make_dataset(tmp_path))
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "\udcff"])
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "\udcff", '{"GeneratedBy": {"Name": "x"}}']
+)
 def test_a_folder_without_description_is_no_dataset(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         raw = content.encode(errors="surrogateescape")
@@ -380,6 +384,13 @@ def test_a_folder_without_description_is_no_dataset(tmp_path: Path, content: str
         find_scans(tmp_path)
     assert caught.value.exit_code == 16
     assert caught.value.remedy
+
+
+def test_a_description_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path, "sub-01_Chimap.nii")
+    description = root / "dataset_description.json"
+    description.write_text(description.read_text(), encoding="utf-8-sig")
+    assert only_scan(root).subject == "01"
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
@@ -405,6 +416,15 @@ def test_a_file_in_another_participants_folder_is_left_out(tmp_path: Path) -> No
     assert [s.contrast for scan in discovery.scans for s in scan.sources] == ["qsm"]
     assert discovery.missing == (("01", None),)
     assert "sub-02_R2starmap.nii was left out" in discovery.notes[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["sub-01_echo-a_MEGRE.nii", "sub-01_run-b_Chimap.nii", "sub-01_acq-a-b_Chimap.nii"]
+)
+def test_a_name_that_is_not_bids_is_left_out(tmp_path: Path, name: str) -> None:
+    discovery = find_scans(make_dataset(tmp_path, name))
+    assert discovery.scans == ()
+    assert name in discovery.notes[0]
 
 
 def test_links_stay_as_they_are(tmp_path: Path) -> None:
@@ -482,6 +502,18 @@ def test_a_kept_index_is_used_again_and_follows_the_dataset(
     assert len(find_scans(root, database_dir=database).scans) == 3
     assert len(indexed) == 2
     assert len(list(database.iterdir())) == 1
+
+
+def test_an_index_that_cannot_be_kept_or_read_is_told(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "ds", "sub-01_Chimap.nii")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="--bids-database-dir"):
+        find_scans(root, database_dir=tmp_path / "file" / "db")
+    find_scans(root, database_dir=tmp_path / "db")
+    (index,) = (tmp_path / "db").rglob("*.sqlite")
+    index.write_bytes(b"no database" * 1000)
+    with pytest.raises(StorageError, match="delete this folder"):
+        find_scans(root, database_dir=tmp_path / "db")
 
 
 @pytest.mark.shared
