@@ -301,14 +301,15 @@ def find_scans(
     excluded = [_absolute(path) for path in exclude]
 
     known = _known_participants(datasets, excluded, notes)
-    _check_labels("participant", subjects, set(known), datasets[0].root)
-    _check_labels("session", sessions, set().union(*known.values()), datasets[0].root)
     if not known:
         raise NoMatchError(
             "the dataset has no participant",
             "give a dataset with folders called sub-<label>",
             path=datasets[0].root,
         )
+
+    _check_labels("participant", subjects, set(known), datasets[0].root)
+    _check_labels("session", sessions, set().union(*known.values()), datasets[0].root)
 
     def wanted(entities: Mapping[str, str]) -> bool:
         return (not subjects or entities.get("subject") in subjects) and (
@@ -329,21 +330,30 @@ def find_scans(
             "the filters leave no scan", "loosen the --bids-filter-file", path=datasets[0].root
         )
 
-    found = {(scan.subject, scan.session) for scan in scans}
-    expected = {
-        (subject, session)
-        for subject, folders in known.items()
-        if not subjects or subject in subjects
-        for session in (sessions or folders or {None})
-    }
-    missing = sorted(expected - found, key=lambda pair: (pair[0], pair[1] or ""))
-    # Maps may lie beside the session folders of the same participant.
-    subjects_with_scans = {subject for subject, _ in found}
-    missing = [pair for pair in missing if pair[1] or pair[0] not in subjects_with_scans]
+    asked = {label: folders for label, folders in known.items() if label in (subjects or known)}
+    missing = _missing(asked, sessions, scans)
     unused = datasets[0].root / "derivatives"
     if missing and unused.is_dir() and not any(d.root.is_relative_to(unused) for d in datasets):
         notes.append(f"{unused} was not looked into: give its datasets with --derivatives")
-    return Discovery(scans, tuple(missing), tuple(notes))
+    return Discovery(scans, missing, tuple(notes))
+
+
+def _missing(
+    known: Mapping[str, set[str]], sessions: set[str], scans: Sequence[Scan]
+) -> tuple[tuple[str, str | None], ...]:
+    """Return the sessions, or participants without sessions, that no scan belongs to."""
+    found: dict[str, set[str | None]] = {}
+    for scan in scans:
+        found.setdefault(scan.subject, set()).add(scan.session)
+    missing: list[tuple[str, str | None]] = []
+    for subject, folders in sorted(known.items()):
+        expected = sessions or folders
+        if expected:
+            absent = expected - found.get(subject, set())
+            missing += [(subject, session) for session in sorted(absent)]
+        elif subject not in found:
+            missing.append((subject, None))
+    return tuple(missing)
 
 
 @dataclass(frozen=True)
@@ -717,9 +727,9 @@ def _folders(parent: Path, key: str) -> list[Path]:
 
 def _known_participants(
     datasets: Sequence[Dataset], excluded: Sequence[Path], notes: list[str]
-) -> dict[str, set[str | None]]:
+) -> dict[str, set[str]]:
     """Return all participants of folders and ``participants.tsv``, with their session folders."""
-    known: dict[str, set[str | None]] = {}
+    known: dict[str, set[str]] = {}
     for dataset in datasets:
         for subject in _folders(dataset.root, "sub"):
             if not _is_excluded(subject, dataset, excluded):

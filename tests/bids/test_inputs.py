@@ -369,8 +369,10 @@ def test_an_unknown_label_is_refused_by_name(tmp_path: Path, option: str) -> Non
 
 
 def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NoMatchError, match="no participant"):
-        find_scans(make_dataset(tmp_path))
+    root = make_dataset(tmp_path)
+    for labels in ([], ["01"]):
+        with pytest.raises(NoMatchError, match=r"no participant\."):
+            find_scans(root, participant_labels=labels)
 
 
 @pytest.mark.parametrize(
