@@ -509,10 +509,10 @@ def remove_scan_outputs(out: str | Path, scan: Scan) -> tuple[Path, ...]:
     for path in sorted(record.parent.glob(f"*sub-{scan.subject}_*")):
         name = re.sub(_TEMPORARY, "", path.name)
         values = parse_name(name)
-        kind = values.pop("suffix")
-        extra = {name: values.pop(name) for name in spec["own_entities"] if name in values}
-        if kind not in spec["kinds"] or values != dict(scan.entities):
+        kind = values["suffix"]
+        if kind not in spec["kinds"]:
             continue
+        extra = {key: values[key] for key in spec["own_entities"] if key in values}
         # Ours if, and only if, it has a name that this scan would write.
         try:
             if output_path(out, scan.entities, kind, **extra) == path.with_name(name):

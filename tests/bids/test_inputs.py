@@ -202,6 +202,8 @@ def test_echo_times_are_inherited(tmp_path: Path) -> None:
     (tmp_path / "echo-1_MEGRE.json").write_text('{"EchoTime": 0.004}')
     (tmp_path / "echo-2_MEGRE.json").write_text('{"EchoTime": 0.1}')
     (tmp_path / "sub-01/sub-01_echo-2_MEGRE.json").write_text('{"EchoTime": 0.008}')
+    (tmp_path / "MEGRE.json").write_text('{"EchoTime": 0.3}')
+    (tmp_path / "sub-01/sub-01_MEGRE.json").write_text('{"FlipAngle": 15}')
     (tmp_path / "sub-01/sub-01_echo-2_part-phase_MEGRE.json").write_text('{"EchoTime": 0.2}')
     source = only_scan(tmp_path).get("r2star")
     assert source is not None
