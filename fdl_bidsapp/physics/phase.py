@@ -15,14 +15,15 @@ Array = np.ndarray
 
 
 def wrap(phase: Array) -> Array:
-    """Fold phase into [-π, π).
+    """Fold phase into [-π, π].
 
     Examples
     --------
     >>> print(np.round(wrap(np.array([0.0, 4.0])), 4))
     [ 0.     -2.2832]
     """
-    return (phase + np.pi) % (2 * np.pi) - np.pi
+    turn = phase.dtype.type(2 * np.pi)
+    return phase - turn * np.round(phase / turn)
 
 
 def fit_field(

@@ -59,16 +59,14 @@ def cache_simulated_scan(folder: Path, seed: int, grid: Grid, n_labels: int) -> 
     reference = canonical(nib.Nifti1Image(scan.maps["imag"], scan.affine))
     shape, affine, _ = canvas_geometry(reference, grid)
 
-    def on_canvas(data: Array) -> Array:
-        return conform(canonical(nib.Nifti1Image(data, scan.affine)), shape, affine)
+    def on_canvas(data: Array, order: int = 1) -> Array:
+        return conform(canonical(nib.Nifti1Image(data, scan.affine)), shape, affine, order)
 
     stack = np.zeros((len(CONTRASTS) + 1, *shape), np.float16)
     for c, contrast in enumerate(CONTRASTS):
         # Float16 holds R2* and the magnitude to 0.1 %, and susceptibility far below its noise.
         stack[c] = on_canvas(scan.maps[contrast])
-    for index in range(1, n_labels + 1):
-        share = on_canvas((scan.labels == index).astype(np.float32))
-        stack[-1][share > 0.5] = index
+    stack[-1] = on_canvas(np.where(scan.labels <= n_labels, scan.labels, 0), order=0)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:

@@ -1,0 +1,281 @@
+"""``fdl-bidsapp``: the BIDS App."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fdl_bidsapp import __version__
+from fdl_bidsapp.cli.parser import parse
+from fdl_bidsapp.errors import FdlError, OutputError, StorageError
+from fdl_bidsapp.settings import Settings, read_bids_filters
+
+if TYPE_CHECKING:
+    from fdl_bidsapp.bids.inputs import Discovery, Scan
+    from fdl_bidsapp.derivatives import Provenance
+    from fdl_bidsapp.models.bundle import Bundle
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the app and exit with the code of the BIDS Apps execution specification."""
+    sys.exit(run(argv))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the app and return its exit code; errors are told in one line."""
+    try:
+        settings = parse(argv)
+        level = {"participant": run_participant, "group": run_group}[settings.analysis_level]
+        return level(settings)
+    except FdlError as error:
+        print(f"fdl-bidsapp: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"fdl-bidsapp: {_storage_error(error)}", file=sys.stderr)
+        return StorageError.exit_code
+    except KeyboardInterrupt:
+        print("fdl-bidsapp: stopped; run it again to go on", file=sys.stderr)
+        return 130
+
+
+def _storage_error(error: OSError) -> StorageError:
+    return StorageError(
+        f"reading or writing failed ({error.strerror or error})",
+        "look after the disk or network share and run again, finished scans are kept",
+        path=error.filename,
+    )
+
+
+def run_group(settings: Settings) -> int:
+    """Gather the cohort's tables from the output folder."""
+    from fdl_bidsapp.cohort import write_group
+
+    cohort = write_group(settings.output_dir, settings.bids_dir)
+    for warning in cohort.warnings:
+        _say(f"Warning: {warning}")
+    counts = ", ".join(f"{number} {status}" for status, number in cohort.scans.items())
+    _say(f"{settings.output_dir / 'group_morph.tsv'}: {counts}")
+    return 0
+
+
+def run_participant(settings: Settings) -> int:
+    """Segment every scan that is asked for and not done yet."""
+    from fdl_bidsapp.bids.inputs import find_scans
+
+    discovery = find_scans(
+        settings.bids_dir,
+        derivatives=settings.derivatives,
+        participant_labels=settings.participant_label,
+        session_labels=settings.session_label,
+        bids_filters=read_bids_filters(settings.bids_filter_file),
+        database_dir=settings.bids_database_dir,
+        exclude=[settings.output_dir],
+    )
+    for note in discovery.notes:
+        _say(f"Note: {note}")
+
+    from fdl_bidsapp.models.bundle import load_bundle
+
+    bundle = load_bundle(settings.model)
+    if settings.dry_run:
+        _tell_plan(settings, discovery, bundle)
+        return 0
+
+    from fdl_bidsapp.bids.outputs import prepare_output
+
+    prepare_output(
+        settings.output_dir,
+        settings.bids_dir,
+        settings.derivatives,
+        registration=bool(settings.output_spaces),
+    )
+    if settings.boilerplate_only:
+        _say(f"Methods text: {settings.output_dir / 'logs' / 'CITATION.md'}")
+        return 0
+    return _segment(settings, discovery, bundle)
+
+
+def _segment(settings: Settings, discovery: Discovery, bundle: Bundle) -> int:
+    from fdl_bidsapp.bids.outputs import is_current, write_text
+    from fdl_bidsapp.derivatives import result_key, write_failure, write_missing
+    from fdl_bidsapp.models.inference import resolve_device
+
+    device = resolve_device(settings.device).type
+    _say(f"fdl-bidsapp {__version__}, model {bundle.spec.name} {bundle.sha256[:12]}, on {device}")
+    stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    write_text(settings.output_dir / "logs" / f"{stamp}_settings.toml", settings.to_toml())
+
+    failures: dict[str, FdlError] = {}
+    todo: dict[str, tuple[Scan, Provenance]] = {}
+    current = 0
+    for k, scan in enumerate(discovery.scans):
+        key = result_key(scan, _result_options(settings, bundle))
+        provenance = _provenance(settings, bundle, key)
+        promised = _promised(settings, scan)
+        if is_current(settings.output_dir, scan, key, promised=promised):
+            current += 1
+        elif scan.error is not None:
+            failures[scan.source_prefix] = scan.error
+            write_failure(settings.output_dir, scan, scan.error, provenance)
+        else:
+            todo[f"scan_{k}"] = (scan, provenance)
+    for subject, session in discovery.missing:
+        write_missing(settings.output_dir, subject, session, _provenance(settings, bundle, ""))
+    if current:
+        _say(f"{_scans(current)} up to date already: nothing is done again")
+    if todo:
+        for name, error in _run_workflow(settings, todo, bundle, device, stamp).items():
+            scan, provenance = todo[name]
+            failures[scan.source_prefix] = error
+            write_failure(settings.output_dir, scan, error, provenance)
+    _tell_outcome(len(discovery.scans), failures, discovery.missing)
+    return 1 if failures or discovery.missing else 0
+
+
+def _run_workflow(
+    settings: Settings,
+    todo: dict[str, tuple[Scan, Provenance]],
+    bundle: Bundle,
+    device: str,
+    stamp: str,
+) -> dict[str, FdlError]:
+    from fdl_bidsapp.workflows.engine import run as run_workflow
+    from fdl_bidsapp.workflows.participant import Compute, Job, init_participant_wf
+    from fdl_bidsapp.workflows.progress import Progress
+
+    cpus = settings.nprocs or len(os.sched_getaffinity(0))
+    # One scan alone gets all processors and needs no process of its own.
+    at_once = min(cpus, len(todo))
+    threads = settings.omp_nthreads or max(1, cpus // at_once)
+    settings = replace(settings, nprocs=1 if at_once == 1 else cpus, omp_nthreads=threads)
+    jobs = {name: Job(scan, provenance) for name, (scan, provenance) in todo.items()}
+    titles = {name: job.scan.source_prefix for name, job in jobs.items()}
+    compute = Compute(bundle.path, bundle.sha256, device, threads)
+    with _work_folder(settings) as folder, Progress(len(jobs)) as progress:
+        workflow = init_participant_wf(jobs, settings, compute, folder)
+        if settings.write_graph:
+            workflow.write_graph(
+                str(settings.output_dir / "logs" / "graph.dot"), graph2use="colored", format="svg"
+            )
+        return run_workflow(
+            workflow,
+            settings,
+            titles,
+            lambda _, error: progress.scan_done(failed=error is not None),
+            log_file=settings.output_dir / "logs" / f"{stamp}_nipype.log",
+        )
+
+
+@contextmanager
+def _work_folder(settings: Settings) -> Iterator[Path]:
+    """Give a folder for intermediate files, in the one asked for or a temporary one."""
+    if settings.work_dir is None:
+        with tempfile.TemporaryDirectory(prefix="fdl-bidsapp-") as folder:
+            yield Path(folder)
+        return
+    if settings.clean_workdir:
+        shutil.rmtree(settings.work_dir / "fdl", ignore_errors=True)
+    try:
+        settings.work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the work folder cannot be made ({error.strerror})",
+            "choose another --work-dir",
+            path=settings.work_dir,
+        ) from error
+    yield settings.work_dir
+
+
+def _result_options(settings: Settings, bundle: Bundle) -> dict[str, object]:
+    options: dict[str, object] = {
+        "model": bundle.sha256,
+        "target": settings.target,
+        "flips": settings.flips,
+        "probabilities": settings.save_probabilities,
+        "spaces": list(settings.output_spaces),
+    }
+    if settings.output_spaces:
+        options["seed"] = settings.random_seed
+    return options
+
+
+def _provenance(settings: Settings, bundle: Bundle, key: str) -> Provenance:
+    from fdl_bidsapp.derivatives import Provenance
+
+    return Provenance(bundle.spec.name, bundle.sha256, key, settings.save_probabilities)
+
+
+def _promised(settings: Settings, scan: Scan) -> list[Path]:
+    """Return the files asked for beyond the masks and the table."""
+    from fdl_bidsapp.bids.outputs import output_path
+
+    out = settings.output_dir
+    paths = [
+        path
+        for space in settings.output_spaces
+        for path in (
+            output_path(out, scan.entities, "dseg", space=space, res="1"),
+            output_path(out, scan.entities, "xfm", to=space),
+        )
+    ]
+    if settings.save_probabilities:
+        paths.append(output_path(out, scan.entities, "probseg"))
+    return paths
+
+
+def _tell_plan(settings: Settings, discovery: Discovery, bundle: Bundle) -> None:
+    """List the inputs found and the outputs planned (``--dry-run``)."""
+    from fdl_bidsapp.bids.outputs import output_path
+    from fdl_bidsapp.pipeline import choose_target
+
+    for scan in discovery.scans:
+        print(scan.source_prefix)
+        if scan.error is not None:
+            print(f"  cannot be done: {scan.error}")
+            continue
+        try:
+            target = choose_target(
+                [source.contrast for source in scan.sources], settings.target, bundle.spec.contrasts
+            )
+        except FdlError as error:
+            print(f"  cannot be done: {error}")
+            continue
+        for source in scan.sources:
+            chosen = "  <- segmented" if source.contrast == target else ""
+            print(f"  {source.contrast} ({source.derivation}){chosen}")
+            for path in source.paths:
+                print(f"    {path}")
+        print(f"  would write {output_path(settings.output_dir, scan.entities, 'dseg')}")
+    for subject, session in discovery.missing:
+        print(f"{_title(subject, session)}: no usable contrast")
+
+
+def _tell_outcome(
+    total: int, failures: dict[str, FdlError], missing: Sequence[tuple[str, str | None]]
+) -> None:
+    done = total - len(failures)
+    _say(f"{done} of {_scans(total)} done, {len(failures)} failed, {len(missing)} without input")
+    for title, error in sorted(failures.items()):
+        _say(f"  {title}: {error}")
+    for subject, session in missing:
+        _say(f"  {_title(subject, session)}: no usable contrast was found")
+
+
+def _title(subject: str, session: str | None) -> str:
+    return f"sub-{subject}" + (f"_ses-{session}" if session else "")
+
+
+def _scans(number: int) -> str:
+    return f"{number} scan" + ("" if number == 1 else "s")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

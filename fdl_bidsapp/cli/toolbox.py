@@ -1,0 +1,205 @@
+"""``fdl``: simulate, list and check models, segment single files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fdl_bidsapp import __version__
+from fdl_bidsapp.errors import FdlError, OutputError, UsageError
+from fdl_bidsapp.settings import CONTRASTS, DEVICES
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, f"see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the toolbox and exit with the codes of ``fdl-bidsapp``."""
+    sys.exit(run(argv))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the toolbox and return its exit code; errors are told in one line."""
+    try:
+        options = build_parser().parse_args(argv)
+        code: int = options.command(options)
+        return code
+    except FdlError as error:
+        print(f"fdl: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fdl: stopped", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all sub-commands."""
+    parser = _Parser(
+        prog="fdl",
+        description="Simulate multi-echo GRE datasets, look at models, segment single images.",
+    )
+    parser.add_argument("--version", action="version", version=f"fdl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    simulate = commands.add_parser(
+        "simulate", help="write a simulated BIDS dataset with its true segmentation"
+    )
+    simulate.add_argument("output", type=Path, metavar="OUT", help="folder of the dataset")
+    simulate.add_argument("--participants", type=int, default=4, metavar="N", help="default: 4")
+    simulate.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    simulate.add_argument(
+        "--truth", type=Path, required=True, metavar="DIR", help="folder of the true label maps"
+    )
+    simulate.set_defaults(command=_simulate)
+
+    models = commands.add_parser("models", help="list, show and check models")
+    actions = models.add_subparsers(required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="the models that come with the package")
+    listing.set_defaults(command=_list_models)
+    show = actions.add_parser("show", help="what a model is and how it was made")
+    show.add_argument("model", nargs="?", default="default", metavar="NAME|FILE")
+    show.set_defaults(command=_show_model)
+    check = actions.add_parser("check", help="verify models against their hash")
+    check.add_argument("models", nargs="*", metavar="NAME|FILE", help="default: all that come along")
+    check.set_defaults(command=_check_models)
+
+    segment = commands.add_parser(
+        "segment", help="segment images that are in no BIDS dataset, one label map each"
+    )
+    segment.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="NIfTI files")
+    segment.add_argument("--contrast", choices=CONTRASTS, default="qsm", help="default: qsm")
+    segment.add_argument("--model", default="default", metavar="NAME|FILE", help="default: default")
+    segment.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
+    segment.add_argument("--flips", action="store_true", help="average over left-right flips")
+    segment.add_argument("--output", type=Path, required=True, metavar="DIR")
+    segment.set_defaults(command=_segment)
+    return parser
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from fdl_bidsapp.simulation.demo import simulate_dataset
+
+    for folder in (options.output, options.truth):
+        if folder.is_dir() and any(folder.iterdir()):
+            raise OutputError(
+                "the folder is not empty", "choose another one, or empty it first", path=folder
+            )
+    simulate_dataset(
+        options.output,
+        options.truth,
+        participants=options.participants,
+        seed=options.seed,
+        progress=lambda scan: print(f"simulated {scan}", file=sys.stderr),
+    )
+    return 0
+
+
+def _list_models(options: argparse.Namespace) -> int:
+    from fdl_bidsapp.models.bundle import load_bundle, shipped_models
+
+    for name, path in shipped_models().items():
+        spec = load_bundle(path).spec
+        structures = " ".join(label.abbreviation for label in spec.labels)
+        size = path.stat().st_size / 1e6
+        print(f"{name}\t{spec.method}\t{' '.join(spec.contrasts)}\t{structures}\t{size:.1f} MB")
+    return 0
+
+
+def _show_model(options: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from fdl_bidsapp.models.bundle import load_bundle
+
+    bundle = load_bundle(options.model)
+    content = {
+        "path": str(bundle.path),
+        "sha256": bundle.sha256,
+        "app_version": bundle.app_version,
+        "parameters": sum(tensor.numel() for tensor in bundle.state.values()),
+        **asdict(bundle.spec),
+    }
+    content["labels"] = [label.abbreviation for label in bundle.spec.labels]
+    content["bank"] = {contrast: len(images) for contrast, images in bundle.bank.items()}
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+    card = bundle.path.with_suffix(".md")
+    if card.is_file():
+        print(f"\n{card.read_text('utf-8')}", end="")
+    return 0
+
+
+def _check_models(options: argparse.Namespace) -> int:
+    from fdl_bidsapp.models.bundle import load_bundle, shipped_models
+
+    code = 0
+    for model in options.models or shipped_models().values():
+        try:
+            bundle = load_bundle(model)
+            bundle.network()
+            print(f"{bundle.path}\tok\t{bundle.sha256}")
+        except FdlError as error:
+            print(f"fdl: {error}", file=sys.stderr)
+            code = code or error.exit_code
+    return code
+
+
+def _segment(options: argparse.Namespace) -> int:
+    from fdl_bidsapp.bids.inputs import Scan, Source
+    from fdl_bidsapp.bids.outputs import write_image
+    from fdl_bidsapp.derivatives import scanner_image
+    from fdl_bidsapp.models.bundle import load_bundle
+    from fdl_bidsapp.models.inference import resolve_device
+    from fdl_bidsapp.pipeline import read_scan, segment_canvas, to_canvas, to_native
+
+    names = [image.name for image in options.images]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            "two images have the same name and would overwrite each other in the output folder",
+            "segment them into different folders",
+        )
+    for image in options.images:
+        if image.absolute().parent == options.output.absolute():
+            raise OutputError(
+                "the output would overwrite the image", "choose another --output", path=image
+            )
+    bundle = load_bundle(options.model)
+    device = resolve_device(options.device)
+    print(f"model {bundle.spec.name} {bundle.sha256[:12]}, on {device.type}", file=sys.stderr)
+    network = bundle.network(device)
+    code = 0
+    for path in options.images:
+        source = Source(options.contrast, (path,), "map")
+        try:
+            images = read_scan(Scan((), (source,)), options.contrast, bundle.spec.contrasts)
+            probabilities, affine = segment_canvas(
+                to_canvas(images, bundle.spec), bundle, network, device, flips=options.flips
+            )
+            result = to_native(
+                probabilities,
+                affine,
+                images.maps[images.target].shape,
+                images.affine,
+                bundle.spec.labels,
+            )
+            name = path.name if path.name.endswith((".nii", ".nii.gz")) else f"{path.name}.nii.gz"
+            write_image(options.output / name, scanner_image(result.labels, images.affine))
+        except FdlError as error:
+            # The other images are done all the same.
+            print(f"fdl: {error}", file=sys.stderr)
+            code = code or error.exit_code
+            continue
+        for note in images.notes:
+            print(f"{path}: {note}", file=sys.stderr)
+        empty = [
+            label.abbreviation
+            for label in bundle.spec.labels
+            if not (result.labels == label.index).any()
+        ]
+        found = f"nothing found of {', '.join(empty)}" if empty else "all structures found"
+        print(f"{options.output / name}\t{found}")
+    return code

@@ -1,0 +1,478 @@
+"""The steps of one scan as plain functions: read, put on the model's canvas, segment, bring back.
+
+The Nipype interfaces and the toolbox command both are thin shells around these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import nibabel as nib
+import numpy as np
+
+from fdl_bidsapp.bids.inputs import Scan, Source
+from fdl_bidsapp.errors import DataError, ImageError, InputMissingError
+from fdl_bidsapp.imaging.grid import (
+    Grid,
+    LoadedImage,
+    blend,
+    canvas_geometry,
+    complete,
+    conform,
+    crop_to,
+    foreground,
+    load_image,
+    resample,
+    restore,
+    same_grid,
+    windows,
+)
+from fdl_bidsapp.imaging.intensity import check_units, normalise
+from fdl_bidsapp.imaging.measure import label_map, largest_components
+from fdl_bidsapp.imaging.relaxometry import mean_magnitude, r2star_from_t2star, r2star_loglinear
+from fdl_bidsapp.labels import Label
+
+if TYPE_CHECKING:
+    import torch
+
+    from fdl_bidsapp.models.bundle import Bundle
+    from fdl_bidsapp.models.fdl import FusionNetwork, ModelSpec
+
+Array = np.ndarray
+
+TARGET_ORDER = ("qsm", "r2star", "imag", "swi")
+"""Which contrast is segmented where the choice is left to the program."""
+
+
+@dataclass(frozen=True)
+class ScanImages:
+    """The contrasts of one scan on the grid of the one that is segmented.
+
+    Attributes
+    ----------
+    target
+        The contrast that is segmented.
+    maps
+        (X, Y, Z) float32 arrays by contrast; ppm, 1/s, arbitrary.
+    affine
+        Voxel to scanner coordinates, mm.
+    notes
+        Conversions, stand-ins, resampling.
+    brain_volume
+        mm³, from the scan's brain mask; ``None`` without one.
+    """
+
+    target: str
+    maps: dict[str, Array]
+    affine: Array
+    notes: tuple[str, ...] = ()
+    brain_volume: float | None = None
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Images at the model's spacing over the whole field of view.
+
+    Attributes
+    ----------
+    target
+        The contrast that is segmented.
+    maps
+        Arrays by contrast, in their units, not normalised.
+    affine
+        Canvas voxel to scanner coordinates, mm.
+    box
+        (3, 2) ints: start and stop of the field of view on the canvas.
+    starts
+        (W, 3) ints: corners of the model's windows, the most promising first.
+    """
+
+    target: str
+    maps: dict[str, Array]
+    affine: Array
+    box: Array
+    starts: Array
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Structures on the native grid.
+
+    Attributes
+    ----------
+    labels : (X, Y, Z) uint8 array
+    probabilities : (K, X, Y, Z) float32 array
+    components
+        For each abbreviation: components found, voxels dropped with all but the largest.
+    """
+
+    labels: Array
+    probabilities: Array
+    components: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StandardSpace:
+    """The label map in a standard space, and the way there.
+
+    Attributes
+    ----------
+    space
+        Name of the space.
+    labels : (X, Y, Z) uint8 array
+        On the template's grid.
+    affine
+        Its voxels to the space's coordinates, mm.
+    transform
+        Composite transform file from the scan to the template.
+    """
+
+    space: str
+    labels: Array
+    affine: Array
+    transform: Path
+
+
+def choose_target(available: Sequence[str], wanted: str, allowed: Sequence[str]) -> str:
+    """Choose the contrast to segment.
+
+    Parameters
+    ----------
+    available
+        Contrasts of the scan.
+    wanted
+        ``auto`` or a contrast.
+    allowed
+        Contrasts that the model takes as target.
+
+    Raises
+    ------
+    DataError
+        The model does not take the wanted contrast.
+    InputMissingError
+        The scan has no contrast that will do.
+
+    Examples
+    --------
+    >>> choose_target(["imag", "r2star"], "auto", ["qsm", "r2star", "imag"])
+    'r2star'
+    """
+    if wanted != "auto" and wanted not in allowed:
+        raise DataError(
+            f"the model does not segment {wanted}", f"choose --target among: {', '.join(allowed)}"
+        )
+    for contrast in TARGET_ORDER if wanted == "auto" else (wanted,):
+        if contrast in available and contrast in allowed:
+            return contrast
+    what = f"no {wanted} image" if wanted != "auto" else "no contrast that the model segments"
+    found = ", ".join(available) or "nothing"
+    raise InputMissingError(
+        f"the scan has {what}; it has {found}", "choose another --target or --model"
+    )
+
+
+def read_scan(scan: Scan, target: str, allowed: Sequence[str]) -> ScanImages:
+    """Read all contrasts of a scan and bring them to one grid and to known units.
+
+    Parameters
+    ----------
+    scan
+        From :func:`fdl_bidsapp.bids.inputs.find_scans`.
+    target
+        ``auto`` or a contrast.
+    allowed
+        Contrasts that the model takes as target.
+
+    Raises
+    ------
+    FdlError
+        The scan's own error, or whatever is wrong with its target. A contrast that is not the
+        target and cannot be read is left out with a note.
+    """
+    if scan.error is not None:
+        raise scan.error
+    available = [source.contrast for source in scan.sources]
+    chosen = choose_target(available, target, allowed)
+    notes = list(scan.notes)
+    reference = _read_source(_source(scan, chosen), notes)
+    maps = {chosen: np.asarray(reference.dataobj, np.float32)}
+    for source in scan.sources:
+        if source.contrast == chosen:
+            continue
+        try:
+            image = _read_source(source, notes)
+        except (ImageError, InputMissingError) as error:
+            notes.append(f"{source.contrast} was left out: {error}")
+            continue
+        if not same_grid(image, reference):
+            if not (_in_scanner_space(image) and _in_scanner_space(reference)):
+                notes.append(
+                    f"{source.contrast} was left out: its grid differs from that of {chosen} and "
+                    "the headers do not say how the two lie in the scanner"
+                )
+                continue
+            image = resample(image, reference.shape, reference.affine)
+            notes.append(f"{source.contrast} was resampled to the grid of {chosen}")
+        maps[source.contrast] = np.asarray(image.dataobj, np.float32)
+    volume = _brain_volume(scan.brain_mask, notes) if scan.brain_mask else None
+    return ScanImages(
+        chosen, maps, np.asarray(reference.affine, float), tuple(notes), volume
+    )
+
+
+def _source(scan: Scan, contrast: str) -> Source:
+    source = scan.get(contrast)
+    assert source is not None
+    return source
+
+
+def _read_source(source: Source, notes: list[str]) -> nib.Nifti1Image:
+    """Read one contrast, whichever way it comes from its files."""
+    loaded = [load_image(path) for path in source.paths]
+    for one in loaded:
+        notes.extend(one.notes)
+    first = loaded[0].image
+    if source.derivation in ("echo_mean", "echo_fit"):
+        data = _derive_from_echoes(source, loaded)
+        words = {"echo_mean": "mean of {} echoes", "echo_fit": "R2* fitted to {} echoes"}
+        notes.append(f"{source.contrast} is the " + words[source.derivation].format(len(loaded)))
+    else:
+        kind = "t2star" if source.derivation == "inverse_t2star" else source.contrast
+        data, note = check_units(np.asarray(first.dataobj, np.float32), kind)
+        if note:
+            notes.append(f"{source.paths[0].name}: {note}")
+        if kind == "t2star":
+            data = r2star_from_t2star(data)
+            notes.append("r2star is the inverse of the T2* map")
+    return nib.Nifti1Image(data, first.affine, first.header)
+
+
+def _derive_from_echoes(source: Source, loaded: Sequence[LoadedImage]) -> Array:
+    first = loaded[0].image
+    for path, one in zip(source.paths, loaded, strict=True):
+        if not same_grid(one.image, first):
+            raise ImageError(
+                "this echo's shape or affine differs from the first echo's",
+                "convert the echoes of one series together",
+                path=path,
+            )
+    magnitude = np.stack([np.asarray(one.image.dataobj, np.float32) for one in loaded], -1)
+    if source.derivation == "echo_mean":
+        return mean_magnitude(magnitude)
+    return r2star_loglinear(magnitude, source.echo_times)
+
+
+def _in_scanner_space(image: nib.Nifti1Image) -> bool:
+    return bool(image.header["sform_code"] > 0 or image.header["qform_code"] > 0)
+
+
+def to_canvas(images: ScanImages, spec: ModelSpec) -> Canvas:
+    """Put the contrasts that a model reads on its canvas.
+
+    Parameters
+    ----------
+    images
+        From :func:`read_scan`.
+    spec
+        The model's specification: grid, method.
+    """
+    grid = Grid(spec.grid_shape, spec.grid_spacing)
+    used = list(images.maps) if spec.method == "multimodal" else [images.target]
+    native = {
+        contrast: nib.Nifti1Image(data, images.affine) for contrast, data in images.maps.items()
+    }
+    shape, affine, box = canvas_geometry(native[images.target], grid)
+    maps = {contrast: conform(native[contrast], shape, affine) for contrast in used}
+    # The head is seen best in the magnitude.
+    outline = "imag" if "imag" in native else images.target
+    outlined = maps.get(outline)
+    if outlined is None:
+        outlined = conform(native[outline], shape, affine)
+    starts = windows(foreground(outlined), box, grid)
+    bounds = np.array([(side.start, side.stop) for side in box])
+    return Canvas(images.target, maps, affine, bounds, np.array(starts))
+
+
+def segment_canvas(
+    canvas: Canvas,
+    bundle: Bundle,
+    network: FusionNetwork,
+    device: torch.device,
+    *,
+    flips: bool = False,
+) -> tuple[Array, Array]:
+    """Run the network on a canvas.
+
+    The first window is enough where it holds every structure with room to spare. Where it does
+    not, all windows are run and blended.
+
+    Parameters
+    ----------
+    canvas
+        From :func:`to_canvas`.
+    bundle, network, device
+        The model, built and on its device.
+    flips
+        Average over left-right mirrored input too.
+
+    Returns
+    -------
+    probabilities : (K, X, Y, Z) float32 array, cut down to where there is anything
+    affine : (4, 4) array
+        Their voxels to scanner coordinates, mm.
+    """
+    from fdl_bidsapp.models.inference import predict
+
+    spec = bundle.spec
+    grid = Grid(spec.grid_shape, spec.grid_spacing)
+    box = tuple(slice(int(a), int(b)) for a, b in canvas.box)
+    starts = [(int(i), int(j), int(k)) for i, j, k in canvas.starts]
+
+    def run(start: tuple[int, int, int]) -> Array:
+        place = tuple(slice(s, s + n) for s, n in zip(start, grid.shape, strict=True))
+        cut = {
+            contrast: normalise(data[place], spec.intensity[contrast])
+            for contrast, data in canvas.maps.items()
+            if contrast in spec.intensity and data[place].any()
+        }
+        if canvas.target not in cut:
+            # Nothing but the surround of a masked map lies here.
+            return np.zeros((len(spec.labels), *grid.shape), np.float32)
+        return predict(network, spec, cut, canvas.target, device, flips=flips, bank=bundle.bank)
+
+    first = run(starts[0])
+    found = first > 0.5
+    if len(starts) == 1 or complete(found, starts[0], box, grid):  # type: ignore[arg-type]
+        affine = canvas.affine.copy()
+        affine[:3, 3] = (canvas.affine @ [*starts[0], 1])[:3]
+        return crop_to(first, affine)
+
+    def all_windows() -> Iterator[Array]:
+        yield first
+        yield from (run(start) for start in starts[1:])
+
+    shape = next(iter(canvas.maps.values())).shape
+    return crop_to(blend(all_windows(), starts, shape), canvas.affine)
+
+
+def to_native(
+    probabilities: Array,
+    affine: Array,
+    shape: Sequence[int],
+    native_affine: Array,
+    labels: Sequence[Label],
+) -> Segmentation:
+    """Bring probabilities to the scan's own grid, and label it there.
+
+    Parameters
+    ----------
+    probabilities, affine
+        From :func:`segment_canvas`.
+    shape, native_affine
+        The scan's grid.
+    labels
+        The structures, in the order of the probabilities.
+    """
+    native = restore(probabilities, affine, shape, native_affine)
+    cleaned, components = largest_components(label_map(native, labels), labels)
+    return Segmentation(cleaned, native, components)
+
+
+def to_standard(
+    images: ScanImages, segmentation: Segmentation, space: str, folder: Path, seed: int
+) -> StandardSpace:
+    """Register a scan to a template and take its labels there.
+
+    Parameters
+    ----------
+    images
+        The scan; its mean magnitude is registered, or the target where it has none.
+    segmentation
+        From :func:`to_native`.
+    space
+        Name of the standard space.
+    folder
+        For temporary files and the transform.
+    seed
+        Of the registration's random sampling.
+    """
+    from fdl_bidsapp.imaging.registration import register_to_template, template
+
+    moving = nib.Nifti1Image(images.maps.get("imag", images.maps[images.target]), images.affine)
+    registration = register_to_template(moving, template(), folder, seed)
+    labels = nib.Nifti1Image(segmentation.labels.astype(np.float32), images.affine)
+    moved = registration.apply(labels, "genericLabel")
+    return StandardSpace(
+        space,
+        np.rint(np.asarray(moved.dataobj)).astype(np.uint8),
+        np.asarray(moved.affine, float),
+        registration.forward,
+    )
+
+
+def save_images(path: str, images: ScanImages) -> None:
+    """Keep a scan's images as an ``.npz`` file."""
+    arrays: dict[str, Array] = {f"map_{name}": data for name, data in images.maps.items()}
+    volume = np.nan if images.brain_volume is None else images.brain_volume
+    notes = np.array(images.notes, dtype=np.str_)
+    np.savez(
+        path,
+        allow_pickle=False,
+        target=np.str_(images.target),
+        affine=images.affine,
+        notes=notes,
+        brain_volume=volume,
+        **arrays,
+    )
+
+
+def load_images(path: str) -> ScanImages:
+    """Read what :func:`save_images` kept."""
+    with np.load(path, allow_pickle=False) as file:
+        volume = float(file["brain_volume"])
+        return ScanImages(
+            str(file["target"]),
+            _maps(file),
+            file["affine"],
+            tuple(str(note) for note in file["notes"]),
+            None if np.isnan(volume) else volume,
+        )
+
+
+def save_canvas(path: str, canvas: Canvas) -> None:
+    """Keep a canvas as an ``.npz`` file."""
+    arrays: dict[str, Array] = {f"map_{name}": data for name, data in canvas.maps.items()}
+    np.savez(
+        path,
+        allow_pickle=False,
+        target=np.str_(canvas.target),
+        affine=canvas.affine,
+        box=canvas.box,
+        starts=canvas.starts,
+        **arrays,
+    )
+
+
+def load_canvas(path: str) -> Canvas:
+    """Read what :func:`save_canvas` kept."""
+    with np.load(path, allow_pickle=False) as file:
+        return Canvas(
+            str(file["target"]), _maps(file), file["affine"], file["box"], file["starts"]
+        )
+
+
+def _maps(file: Mapping[str, Array]) -> dict[str, Array]:
+    return {name[4:]: file[name] for name in file if name.startswith("map_")}
+
+
+def _brain_volume(path: Path, notes: list[str]) -> float | None:
+    try:
+        image = load_image(path).image
+    except (ImageError, InputMissingError) as error:
+        notes.append(f"the brain volume is not known: {error}")
+        return None
+    voxel = float(abs(np.linalg.det(image.affine[:3, :3])))
+    return float(np.count_nonzero(np.asarray(image.dataobj) > 0.5)) * voxel

@@ -1,0 +1,159 @@
+"""The steps of one scan as Nipype interfaces: each loads, calls a plain function and saves."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    SimpleInterface,
+    TraitedSpec,
+    traits,
+)
+
+if TYPE_CHECKING:
+    from fdl_bidsapp.models.bundle import Bundle
+
+
+@lru_cache(maxsize=1)
+def load_model(path: str, sha256: str) -> Bundle:
+    """Load a model once a process; the hash says that it is the one the run began with."""
+    from fdl_bidsapp.errors import ModelError
+    from fdl_bidsapp.models.bundle import load_bundle
+
+    bundle = load_bundle(path)
+    if bundle.sha256 != sha256:
+        raise ModelError(
+            "the model file has changed while the scans were processed", "run again", path=path
+        )
+    return bundle
+
+
+@lru_cache(maxsize=1)
+def _network(path: str, sha256: str, device: str) -> Any:
+    return load_model(path, sha256).network(device)
+
+
+class _ModelInputs(BaseInterfaceInputSpec):
+    model = traits.Str(mandatory=True, desc="model file")
+    model_sha256 = traits.Str(mandatory=True, desc="its verified hash")
+
+
+class _NormaliseInputs(_ModelInputs):
+    scan = traits.Any(mandatory=True, desc="fdl_bidsapp.bids.inputs.Scan")
+    target = traits.Str("auto", usedefault=True, desc="contrast to segment")
+
+
+class _NormaliseOutputs(TraitedSpec):
+    images = File(exists=True, desc="all contrasts on the target's own grid")
+    canvas = File(exists=True, desc="what the network reads, on the model's canvas")
+
+
+class NormaliseScan(SimpleInterface):
+    """Read a scan and put it on the model's canvas."""
+
+    input_spec = _NormaliseInputs
+    output_spec = _NormaliseOutputs
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from fdl_bidsapp.pipeline import read_scan, save_canvas, save_images, to_canvas
+
+        spec = load_model(self.inputs.model, self.inputs.model_sha256).spec
+        images = read_scan(self.inputs.scan, self.inputs.target, spec.contrasts)
+        for name, save, content in (
+            ("images", save_images, images),
+            ("canvas", save_canvas, to_canvas(images, spec)),
+        ):
+            path = str(Path(runtime.cwd, f"{name}.npz"))
+            save(path, content)
+            self._results[name] = path
+        return runtime
+
+
+class _SegmentInputs(_ModelInputs):
+    canvas = File(exists=True, mandatory=True)
+    device = traits.Str("cpu", usedefault=True)
+    use_gpu = traits.Bool(False, usedefault=True, desc="takes the GPU slot of the scheduler")
+    flips = traits.Bool(False, usedefault=True, desc="average over left-right flips")
+    threads = traits.Int(1, usedefault=True)
+
+
+class _SegmentOutputs(TraitedSpec):
+    probabilities = File(exists=True)
+
+
+class SegmentScan(SimpleInterface):
+    """Run the network; it is loaded once a process, however many scans there are."""
+
+    input_spec = _SegmentInputs
+    output_spec = _SegmentOutputs
+
+    def _run_interface(self, runtime: Any) -> Any:
+        import numpy as np
+        import torch
+
+        from fdl_bidsapp.pipeline import load_canvas, segment_canvas
+
+        torch.set_num_threads(self.inputs.threads)
+        model = (self.inputs.model, self.inputs.model_sha256)
+        probabilities, affine = segment_canvas(
+            load_canvas(self.inputs.canvas),
+            load_model(*model),
+            _network(*model, self.inputs.device),
+            torch.device(self.inputs.device),
+            flips=self.inputs.flips,
+        )
+        path = str(Path(runtime.cwd, "probabilities.npz"))
+        np.savez(path, allow_pickle=False, probabilities=probabilities, affine=affine)
+        self._results["probabilities"] = path
+        return runtime
+
+
+class _DeliverInputs(_ModelInputs):
+    scan = traits.Any(mandatory=True)
+    images = File(exists=True, mandatory=True)
+    probabilities = File(exists=True, mandatory=True)
+    output_dir = traits.Str(mandatory=True)
+    provenance = traits.Any(mandatory=True, desc="fdl_bidsapp.derivatives.Provenance")
+    space = traits.Str("", usedefault=True, desc="standard space to deliver in as well")
+    seed = traits.Int(0, usedefault=True)
+
+
+class _DeliverOutputs(TraitedSpec):
+    record = traits.Str(desc="the record that says the scan is done")
+
+
+class DeliverScan(SimpleInterface):
+    """Bring the result to the scan's own grid, measure it and write the derivatives."""
+
+    input_spec = _DeliverInputs
+    output_spec = _DeliverOutputs
+
+    def _run_interface(self, runtime: Any) -> Any:
+        import numpy as np
+
+        from fdl_bidsapp.bids.outputs import output_path
+        from fdl_bidsapp.derivatives import write_scan
+        from fdl_bidsapp.pipeline import load_images, to_native, to_standard
+
+        labels = load_model(self.inputs.model, self.inputs.model_sha256).spec.labels
+        images = load_images(self.inputs.images)
+        target = images.maps[images.target]
+        with np.load(self.inputs.probabilities, allow_pickle=False) as file:
+            segmentation = to_native(
+                file["probabilities"], file["affine"], target.shape, images.affine, labels
+            )
+        standard = None
+        if self.inputs.space:
+            standard = to_standard(
+                images, segmentation, self.inputs.space, Path(runtime.cwd), self.inputs.seed
+            )
+        out, scan = Path(self.inputs.output_dir), self.inputs.scan
+        write_scan(out, scan, images, segmentation, labels, self.inputs.provenance, standard)
+        self._results["record"] = str(
+            output_path(out, scan.entities, "morph", extension=".json")
+        )
+        return runtime
