@@ -7,6 +7,7 @@ shared: when one fails, all scans that need it fail.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -16,7 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import (
+    chdir,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -103,11 +111,19 @@ def run(
     log_file = log_file or settings.output_dir / "logs" / (
         f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}_nipype.log"
     )
+    log_file = log_file.absolute()
+    base = Path(workflow.base_dir or ".").absolute()
+    base.mkdir(parents=True, exist_ok=True)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     scans = _Scans(names, on_scan_done, settings.stop_on_first_crash)
-    _configure(workflow, settings)
+    _configure(workflow, base, settings)
     # The callback writes to the terminal through streams that it took before this redirection.
-    with _logging_to(log_file), _threads(settings.omp_nthreads):
+    with (
+        _logging_to(log_file),
+        _threads(settings.omp_nthreads),
+        # The monitor leaves its samples in the current folder.
+        chdir(base) if settings.resource_monitor else nullcontext(),
+    ):
         plugin = _plugin(settings, scans, log_file)
         try:
             workflow.run(plugin=plugin)
@@ -115,7 +131,7 @@ def run(
             if stop.__cause__ is not None:
                 raise stop.__cause__ from None
             scans.abandon()
-    usage = Path(workflow.base_dir or ".") / workflow.name / "resource_monitor.json"
+    usage = base / workflow.name / "resource_monitor.json"
     if settings.resource_monitor and usage.exists():
         # The work folder may be a temporary one.
         shutil.copyfile(usage, log_file.with_name(f"{log_file.stem}_resources.json"))
@@ -138,33 +154,34 @@ class _Scans:
         self._on_done = on_done
         self._stop_on_first_crash = stop_on_first_crash
         self._waiting: dict[str, set[Node]] = {}
+        self._owner: dict[Node, str] = {}
         self._graph = nx.DiGraph()
 
     def start(self, graph: nx.DiGraph) -> None:
         self._graph = graph
         self._waiting = {name: set() for name in self._rank}
         for node in graph:
-            if scan := self._scan(node):
-                self._waiting[scan].add(node)
+            for part in node.fullname.split("."):
+                if part in self._waiting:
+                    self._owner[node] = part
+                    self._waiting[part].add(node)
         if idle := [name for name, nodes in self._waiting.items() if not nodes]:
             raise ValueError(f"no node of the workflow belongs to {idle[0]}")
 
     def rank(self, node: Node) -> int:
         """Order nodes so that a scan is finished before the next begins, shared nodes first."""
-        scan = self._scan(node)
-        return -1 if scan is None else self._rank[scan]
+        return self._rank.get(self._owner.get(node, ""), -1)
 
     def finished(self, node: Node) -> None:
-        scan = self._scan(node)
+        scan = self._owner.get(node, "")
         if scan in self._waiting:
-            waiting = self._waiting[scan]
-            waiting.discard(node)
-            if not waiting:
+            self._waiting[scan].discard(node)
+            if not self._waiting[scan]:
                 self._close(scan)
 
     def failed(self, node: Node, error: FdlError) -> None:
         lost = {node, *nx.descendants(self._graph, node)}
-        concerned = {scan for scan in map(self._scan, lost) if scan} or {node.fullname}
+        concerned = {self._owner[each] for each in lost if each in self._owner} or {node.fullname}
         for scan in sorted(concerned, key=lambda scan: self._rank.get(scan, -1)):
             self.failures.setdefault(scan, error)
             logging.getLogger("nipype.workflow").error(
@@ -194,9 +211,6 @@ class _Scans:
             self._on_done(scan, self.failures.get(scan))
         except Exception as error:
             raise _Stop from error
-
-    def _scan(self, node: Node) -> str | None:
-        return next((part for part in node.fullname.split(".") if part in self._rank), None)
 
 
 class _Reporting:
@@ -239,6 +253,8 @@ class _Workers(_Reporting, MultiProcPlugin):
         self._idle: list[ProcessPoolExecutor] = []
 
     def run(self, graph: nx.DiGraph, config: object, updatehash: bool = False) -> None:
+        # Nipype collects garbage before each submission, at 0.1 s in a process of many modules.
+        gc.freeze()
         try:
             super().run(graph, config, updatehash=updatehash)
         except BaseException:
@@ -248,6 +264,7 @@ class _Workers(_Reporting, MultiProcPlugin):
                     process.kill()
             raise
         finally:
+            gc.unfreeze()
             for worker in list(self._workers):  # a dying worker leaves the set
                 worker.shutdown(cancel_futures=True)
 
@@ -291,7 +308,7 @@ class _Workers(_Reporting, MultiProcPlugin):
             max_workers=1,
             mp_context=get_context("spawn"),
             initializer=_start_worker,
-            initargs=(self._log_file, nipype_config.resource_monitor),
+            initargs=(self._log_file, Path.cwd(), nipype_config.resource_monitor),
         )
         self._workers.add(worker)
         return worker
@@ -382,10 +399,10 @@ def read_plugin(path: Path) -> tuple[str, dict[str, Any]]:
     return name, arguments
 
 
-def _configure(workflow: Workflow, settings: Settings) -> None:
+def _configure(workflow: Workflow, base: Path, settings: Settings) -> None:
     workflow.config["execution"] = {
         **workflow.config.get("execution", {}),
-        "crashdump_dir": str(Path(workflow.base_dir or ".").absolute() / "crash"),
+        "crashdump_dir": str(base / "crash"),
         "crashfile_format": "txt",
         "create_report": False,
         "poll_sleep_duration": POLL_SECONDS,
@@ -403,13 +420,14 @@ def _run_node(node: Node, updatehash: bool, taskid: int) -> dict[str, Any]:
         return {"result": None, "traceback": format_exception(error), "taskid": taskid}
 
 
-def _start_worker(log_file: Path, resource_monitor: bool) -> None:
+def _start_worker(log_file: Path, folder: Path, resource_monitor: bool) -> None:
     # Compiled code writes to the file descriptors themselves.
     log = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
     _log_handlers(log_file)
+    os.chdir(folder)
     if resource_monitor:
         nipype_config.enable_resource_monitor()
 

@@ -275,26 +275,37 @@ def test_workers_are_given_their_number_of_threads(tmp_path: Path) -> None:
     assert os.environ.get("OMP_NUM_THREADS") == before
 
 
-def test_use_of_resources_is_kept_with_the_log(tmp_path: Path) -> None:
+@both
+def test_use_of_resources_is_kept_with_the_log_and_nothing_elsewhere(
+    tmp_path: Path, nprocs: int
+) -> None:
     # In a process of its own: Nipype's monitor cannot be switched off again.
-    script = tmp_path / "monitored.py"
+    script, here = tmp_path / "monitored.py", tmp_path / "here"
+    here.mkdir()
     script.write_text(
-        "from pathlib import Path\n"
-        "from nipype import Function, Node, Workflow\n"
-        "from fdl_bidsapp.settings import Settings\n"
-        "from fdl_bidsapp.workflows.engine import run\n"
-        "def one():\n    return 1\n"
-        "scan = Workflow('scan_0')\n"
-        "scan.add_nodes([Node(Function(output_names=['out'], function=one), name='one')])\n"
-        f"whole = Workflow('fdl', base_dir={str(tmp_path)!r})\n"
-        "whole.add_nodes([scan])\n"
-        f"out = Path({str(tmp_path)!r}) / 'out'\n"
-        "settings = Settings(out, out, 'participant', nprocs=1, resource_monitor=True)\n"
-        "assert run(whole, settings, {'scan_0': ''}) == {}\n"
+        f"""
+from pathlib import Path
+from nipype import Function, Node, Workflow
+from fdl_bidsapp.settings import Settings
+from fdl_bidsapp.workflows.engine import run
+
+def one():
+    return 1
+
+if __name__ == "__main__":
+    scan = Workflow("scan_0")
+    scan.add_nodes([Node(Function(output_names=["out"], function=one), name="one")])
+    whole = Workflow("fdl", base_dir={str(tmp_path / "work")!r})
+    whole.add_nodes([scan])
+    out = Path({str(tmp_path / "out")!r})
+    settings = Settings(out, out, "participant", nprocs={nprocs}, resource_monitor=True)
+    assert run(whole, settings, {{"scan_0": ""}}) == {{}}
+"""
     )
-    subprocess.run([sys.executable, str(script)], check=True)
+    subprocess.run([sys.executable, str(script)], check=True, cwd=here)
     (usage,) = (tmp_path / "out" / "logs").glob("*_resources.json")
     assert "fdl.scan_0.one" in usage.read_text()
+    assert list(here.iterdir()) == []
 
 
 def test_name_without_nodes_is_refused(tmp_path: Path) -> None:
