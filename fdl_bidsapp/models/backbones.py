@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Protocol, cast
 
 import torch
@@ -41,6 +43,23 @@ def convolution_block(in_channels: int, out_channels: int, stride: int = 1) -> n
         nn.InstanceNorm3d(out_channels, affine=True),
         nn.LeakyReLU(0.01, inplace=True),
     )
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Repeat the far border of a volume until its axes are multiples, at least twofold.
+
+    Two samples at the deepest level are the least that can be normalised.
+
+    Examples
+    --------
+    >>> pad_to_multiple(torch.rand(1, 1, 9, 8, 3), 4).shape
+    torch.Size([1, 1, 12, 8, 8])
+    """
+    sizes = [max(-(-n // multiple), 2) * multiple for n in x.shape[2:]]
+    missing = [size - n for size, n in zip(sizes, x.shape[2:], strict=True)]
+    if not any(missing):
+        return x
+    return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
 
 
 class UNet3d(nn.Module):
@@ -103,7 +122,7 @@ class UNet3d(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Take ``(B, in_channels, X, Y, Z)`` to ``(B, width, X, Y, Z)``."""
         shape = x.shape[2:]
-        x = self._padded(x)
+        x = pad_to_multiple(x, self.multiple)
         skips: list[Tensor] = []
         for encoder in self.encoders:
             x = encoder(x)
@@ -113,16 +132,169 @@ class UNet3d(nn.Module):
             x = decoder(torch.cat([up(x), skips.pop()], dim=1))
         return x[..., : shape[0], : shape[1], : shape[2]]
 
-    def _padded(self, x: Tensor) -> Tensor:
-        # Two samples at the deepest level are the least that can be normalised.
-        sizes = [max(-(-n // self.multiple), 2) * self.multiple for n in x.shape[2:]]
-        missing = [size - n for size, n in zip(sizes, x.shape[2:], strict=True)]
-        if not any(missing):
-            return x
-        return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
+
+class MonaiBackbone(nn.Module):
+    """A network of MONAI without its last convolution, on any grid.
+
+    Parameters
+    ----------
+    network
+        Takes ``(B, C, X, Y, Z)`` to features of the same grid.
+    feature_channels
+        Channels of these features.
+    multiple
+        The grid is padded inside to a multiple of this, at least two, by repeating its border.
+    shape
+        The only grid that the network takes, if there is but one.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        feature_channels: int,
+        multiple: int,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.feature_channels = feature_channels
+        self.multiple = multiple
+        self.shape = shape
+
+    def features(self, x: Tensor) -> Tensor:
+        """Take ``(B, C, X, Y, Z)`` to ``(B, feature_channels, X, Y, Z)``."""
+        shape = tuple(x.shape[2:])
+        if self.shape not in (None, shape):
+            raise ModelError(
+                f"this backbone was made for a grid of {self.shape}, not {shape}",
+                "give it the model's grid as its option",
+            )
+        padded = pad_to_multiple(x, self.multiple)
+        features: Tensor = self.network(padded)
+        return features[..., : shape[0], : shape[1], : shape[2]]
 
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"unet": UNet3d}
+def dynunet(in_channels: int, *, width: int = 16, levels: int = 4) -> MonaiBackbone:
+    """Make MONAI's DynUNet, the network of nnU-Net, with twice the channels at each level.
+
+    Raises
+    ------
+    ModelError
+        MONAI is not installed, or an option is out of its range.
+    """
+    _in_range("width", width, 1, 256)
+    _in_range("levels", levels, 3, 7)
+    networks = _monai()
+    strides = [1, *[2] * (levels - 1)]
+    network = networks.DynUNet(
+        spatial_dims=3,
+        in_channels=in_channels,
+        out_channels=1,
+        kernel_size=[3] * levels,
+        strides=strides,
+        upsample_kernel_size=strides[1:],
+        filters=[min(width << level, 320) for level in range(levels)],
+    )
+    network.output_block = nn.Identity()
+    # A list of stand-ins for deep supervision, which is off.
+    network.heads = []
+    return MonaiBackbone(network, width, 1 << (levels - 1))
+
+
+def segresnet(in_channels: int, *, width: int = 16, levels: int = 4) -> MonaiBackbone:
+    """Make MONAI's SegResNet, with residual blocks and group normalisation.
+
+    Raises
+    ------
+    ModelError
+        MONAI is not installed, or an option is out of its range.
+    """
+    _in_range("width", width, 8, 256)
+    _in_range("levels", levels, 2, 5)
+    if width % 8:
+        raise ModelError(
+            f"the backbone's width is {width}", "give a multiple of 8, for its group normalisation"
+        )
+    network = _monai().SegResNet(
+        init_filters=width,
+        in_channels=in_channels,
+        blocks_down=(1, 2, 2, 4, 4)[:levels],
+        blocks_up=(1,) * (levels - 1),
+    )
+    network.conv_final = nn.Identity()
+    return MonaiBackbone(network, width, 1 << (levels - 1))
+
+
+def unetr(
+    in_channels: int,
+    *,
+    grid: str,
+    width: int = 16,
+    hidden_size: int = 384,
+    mlp_size: int = 1536,
+    heads: int = 6,
+) -> MonaiBackbone:
+    """Make MONAI's UNETR, a transformer encoder with a convolutional decoder.
+
+    Parameters
+    ----------
+    in_channels
+        Channels of the input.
+    grid
+        The model's grid, such as ``64x64x48``, each axis a multiple of 16: a transformer's
+        positions are learnt.
+    width
+        Channels of the features.
+    hidden_size, mlp_size, heads
+        Of the transformer.
+
+    Raises
+    ------
+    ModelError
+        MONAI is not installed, or an option is out of its range.
+    """
+    _in_range("width", width, 1, 256)
+    sizes = grid.split("x")
+    if len(sizes) != 3 or not all(n.isdecimal() and int(n) and int(n) % 16 == 0 for n in sizes):
+        raise ModelError(
+            f"the backbone's grid is {grid!r}",
+            "give the model's grid, such as 64x64x48, with axes that are multiples of 16",
+        )
+    shape = tuple(int(n) for n in sizes)
+    try:
+        network = _monai().UNETR(
+            in_channels=in_channels,
+            out_channels=1,
+            img_size=shape,
+            feature_size=width,
+            hidden_size=hidden_size,
+            mlp_dim=mlp_size,
+            num_heads=heads,
+        )
+    except ValueError as error:
+        raise ModelError(
+            f"the backbone refuses its options ({error})", "change them as it says"
+        ) from error
+    network.out = nn.Identity()
+    return MonaiBackbone(network, width, 1, shape)
+
+
+def _monai() -> ModuleType:
+    try:
+        return importlib.import_module("monai.networks.nets")
+    except ImportError as error:
+        raise ModelError(
+            "this backbone comes from MONAI, which is not installed",
+            "install it with: pip install 'fdl-bidsapp[monai]'",
+        ) from error
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "unet": UNet3d,
+    "dynunet": dynunet,
+    "segresnet": segresnet,
+    "unetr": unetr,
+}
 """Networks by name; each takes ``in_channels`` and its options by keyword."""
 
 
