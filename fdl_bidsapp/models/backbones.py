@@ -276,6 +276,9 @@ def unetr(
             f"the backbone refuses its options ({error})", "change them as it says"
         ) from error
     network.out = nn.Identity()
+    for block in network.vit.blocks:
+        # MONAI makes these weights for decoders, which attend to another sequence, and leaves them.
+        block.norm_cross_attn = block.cross_attn = nn.Identity()
     return MonaiBackbone(network, width, 1, shape)
 
 
