@@ -61,31 +61,34 @@ def fit_field(
     for axis in range(3):
         lower = tuple(slice(None, -1) if a == axis else slice(None) for a in range(3))
         upper = tuple(slice(1, None) if a == axis else slice(None) for a in range(3))
-        shape = mask[lower].shape
-        total, t, d, td, tt = (np.zeros(shape, np.float32) for _ in range(5))
-        slope = np.zeros(shape, np.float32)
-        for e, time in enumerate(times):
-            product = signal[upper][..., e] * np.conj(signal[lower][..., e])
-            difference = np.angle(product)
-            if e == 0:
-                first = difference
-            # Steep fields wrap even this at late echoes: the earlier ones predict it.
-            predicted = first + slope * (time - times[0])
-            difference = predicted + wrap(difference - predicted)
-            weight = np.abs(product)
-            total += weight
-            t += weight * time
-            d += weight * difference
-            td += weight * time * difference
-            tt += weight * time * time
-            if e > 0:
-                determinant = np.maximum(total * tt - t * t, np.finfo(np.float32).tiny)
-                slope = (total * td - t * d) / determinant
+        slope = _slope_of_phase_difference(signal[lower], signal[upper], times)
         slope = np.where(mask[lower] & mask[upper], slope, 0)
         divergence[lower] += slope
         divergence[upper] -= slope
     field = _solve_poisson(divergence)
     return field / np.float32(2 * np.pi * GAMMA_BAR * field_strength)
+
+
+def _slope_of_phase_difference(lower: Array, upper: Array, times: Array) -> Array:
+    """Fit a line over echo time to the phase from one voxel to the next; its slope in rad/s."""
+    total, t, d, td, tt = (np.zeros(lower.shape[:-1], np.float32) for _ in range(5))
+    slope = np.zeros(lower.shape[:-1], np.float32)
+    first = np.angle(upper[..., 0] * np.conj(lower[..., 0]))
+    for e, time in enumerate(times):
+        product = upper[..., e] * np.conj(lower[..., e])
+        # Steep fields wrap even this at late echoes: the earlier ones predict it.
+        predicted = first + slope * (time - times[0])
+        difference = predicted + wrap(np.angle(product) - predicted)
+        weight = np.abs(product)
+        total += weight
+        t += weight * time
+        d += weight * difference
+        td += weight * time * difference
+        tt += weight * time * time
+        if e > 0:
+            determinant = np.maximum(total * tt - t * t, np.finfo(np.float32).tiny)
+            slope = (total * td - t * d) / determinant
+    return slope
 
 
 def _solve_poisson(divergence: Array) -> Array:
@@ -140,18 +143,16 @@ def remove_background(
     depth = ndi.distance_transform_edt(mask, sampling=spacing)
     high_passed = np.zeros(shape, np.float32)
     done = np.zeros(shape, bool)
-    inverse = None
     for radius in sorted(radii, reverse=True):
         kernel = 1 - _sphere_spectrum(shape, spacing, radius)
-        if inverse is None:
-            inverse = np.where(np.abs(kernel) > threshold, kernel, np.inf)
         inside = (depth > radius) & ~done
         convolved = scipy.fft.irfftn(spectrum * kernel, s=shape, workers=-1)
         high_passed[inside] = convolved[inside]
         done |= inside
-    assert inverse is not None
+    largest = 1 - _sphere_spectrum(shape, spacing, max(radii))
+    divisor = np.where(np.abs(largest) > threshold, largest, np.inf)
     local = scipy.fft.irfftn(
-        scipy.fft.rfftn(high_passed, workers=-1) / inverse, s=shape, workers=-1
+        scipy.fft.rfftn(high_passed, workers=-1) / divisor, s=shape, workers=-1
     )
     return np.where(done, local, 0).astype(np.float32), done
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import scipy.ndimage as ndi
 
 from fdl_bidsapp.imaging.relaxometry import mean_magnitude, r2star_loglinear
+from fdl_bidsapp.physics import GAMMA_BAR
 from fdl_bidsapp.physics.dipole import field_direction, field_from_susceptibility
 from fdl_bidsapp.physics.inversion import thresholded_division, tikhonov
 from fdl_bidsapp.physics.phase import fit_field, high_pass_phase, remove_background
 from fdl_bidsapp.physics.signal import add_noise, multi_echo_signal
-from fdl_bidsapp.simulation.head import Head, smooth_noise
+from fdl_bidsapp.simulation.geometry import smooth_noise
+from fdl_bidsapp.simulation.head import Head
 from fdl_bidsapp.simulation.tissue import Tissue
 
 Array = np.ndarray
+
+SWI_ECHO_TIME = 0.020
+"""Seconds; the nearest echo is taken."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,12 @@ class Protocol:
     snr: float = 60.0
     bias: float = 0.15
     texture: float = 1.0
-    inversion: str = "tikhonov"
+    inversion: Literal["tikhonov", "thresholded_division"] = "tikhonov"
+
+    @property
+    def swi_echo(self) -> int:
+        """Position of the echo that the susceptibility-weighted image is made of."""
+        return int(np.argmin(np.abs(np.array(self.echo_times) - SWI_ECHO_TIME)))
 
 
 def susceptibility_map(
@@ -100,12 +111,10 @@ def simulate_signal(
     )
     # A shim takes the mean field out of the brain.
     field -= np.float32(np.median(field[head.brain]))
-    r2star = _mixture(head, tissues, "r2star") * (
-        1 + _texture(head, rng, 0.06 * protocol.texture)
-    )
+    r2star = _mixture(head, tissues, "r2star") * (1 + _texture(head, rng, 0.06 * protocol.texture))
     # Spins across a voxel lose phase where the field is steep.
     gradient = np.sqrt(sum(g**2 for g in np.gradient(field)))
-    r2star += np.float32(0.3 * 2 * np.pi * 42.577 * protocol.field_strength) * gradient
+    r2star += np.float32(0.3 * 2 * np.pi * GAMMA_BAR * protocol.field_strength) * gradient
     rho = _mixture(head, tissues, "rho") * (1 + _texture(head, rng, 0.03 * protocol.texture))
     sensitivity = np.exp(protocol.bias * smooth_noise(rng, rho.shape, head.spacing, 90))
     phase0 = np.pi * smooth_noise(rng, rho.shape, head.spacing, 120)
@@ -144,17 +153,17 @@ def compute_maps(
 
     Notes
     -----
-    SWI: magnitude of the late echoes times the fourth power of a mask that falls from 1 at zero
+    SWI: magnitude of a late echo times the fourth power of a mask that falls from 1 at zero
     phase to 0 at the paramagnetic extreme (Haacke et al., Magn. Reson. Med. 52 (2004) 612-618).
     """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     magnitude = np.abs(signal)
     field = fit_field(signal, brain, protocol.echo_times, protocol.field_strength)
     local, inside = remove_background(field, brain, spacing)
-    invert = {"tikhonov": tikhonov, "thresholded_division": thresholded_division}
-    chi = invert[protocol.inversion](local, inside, spacing, field_direction(affine))
+    invert = tikhonov if protocol.inversion == "tikhonov" else thresholded_division
+    chi = invert(local, inside, spacing, field_direction(affine))
     chi -= np.where(inside, chi[inside].mean(), 0).astype(np.float32)
-    late = int(np.argmin(np.abs(np.array(protocol.echo_times) - 0.020)))
+    late = protocol.swi_echo
     phase = high_pass_phase(signal[..., late], spacing)
     phase_mask = np.clip(1 - np.maximum(phase, 0) / np.pi, 0, 1)
     return {

@@ -116,12 +116,13 @@ def simulate_dataset(
     _describe(out, truth, cohort, seed)
     for i, participant in enumerate(cohort):
         for j, session in enumerate(participant.sessions):
-            # Two sessions of one participant are one head, repositioned and scanned anew.
+            # Sessions of one participant share head and tissue; position and noise are new.
             repositioned = np.random.default_rng([seed, i, 3, j]).normal(0, 2, 3) * (j > 0)
             angles = np.add(participant.angles, repositioned)
             scan = simulate_scan(
                 np.random.default_rng([seed, i, 1]),
-                np.random.default_rng([seed, i, 2, j]),
+                np.random.default_rng([seed, i, 2]),
+                np.random.default_rng([seed, i, 4, j]),
                 person=participant.person,
                 protocol=participant.protocol,
                 spacing=participant.spacing,
@@ -133,12 +134,7 @@ def simulate_dataset(
                 _write_echoes(out / folder / prefix, scan, participant.protocol)
             else:
                 _write_maps(out / folder / prefix, scan, participant.protocol)
-            labels = nib.Nifti1Image(scan.labels, scan.affine)
-            write_image(truth / folder / f"{prefix}_dseg.nii.gz", _in_scanner(labels))
-            write_json(
-                truth / folder / f"{prefix}_dseg.json",
-                {"Description": "Where the simulation put the nuclei", "Manual": False},
-            )
+            _write_truth(truth / folder / prefix, scan)
             progress(prefix)
 
 
@@ -180,46 +176,77 @@ def _describe(out: Path, truth: Path, cohort: list[Participant], seed: int) -> N
     write_tsv(truth / "dseg.tsv", [vars(label) for label in nuclei()], columns)
 
 
-def _acquisition(protocol: Protocol) -> dict[str, Any]:
-    return {"MagneticFieldStrength": protocol.field_strength, "Manufacturer": "simulated"}
-
-
 def _write_maps(stem: Path, scan: SimulatedScan, protocol: Protocol) -> None:
-    acquisition = _acquisition(protocol)
-    echoes = {"EchoTime": list(protocol.echo_times)}
-    parts = {
-        "Chimap": ("qsm", {"Units": "ppm", "EstimationReference": f"V-SHARP, {protocol.inversion}"}),
-        "R2starmap": ("r2star", {"Units": "1/s", "EstimationReference": "log-linear fit"}),
-        "part-mag_T2starw": ("imag", {"Units": "arbitrary"}),
-        "rec-swi_T2starw": ("swi", {"Units": "arbitrary"}),
+    times = list(protocol.echo_times)
+    inversion = protocol.inversion.replace("_", " ")
+    parts: dict[str, tuple[str, dict[str, Any]]] = {
+        "Chimap": (
+            "qsm",
+            {
+                "EchoTime": times,
+                "Units": "ppm",
+                "EstimationAlgorithm": f"weighted fit of phase differences, V-SHARP, {inversion}",
+            },
+        ),
+        "R2starmap": (
+            "r2star",
+            {
+                "EchoTime": times,
+                "Units": "1/s",
+                "EstimationAlgorithm": "mono-exponential, weighted log-linear least squares",
+            },
+        ),
+        "part-mag_T2starw": ("imag", {"EchoTime": times, "Units": "arbitrary"}),
+        "rec-swi_T2starw": ("swi", {"EchoTime": times[protocol.swi_echo], "Units": "arbitrary"}),
     }
     for suffix, (contrast, metadata) in parts.items():
-        image = nib.Nifti1Image(scan.maps[contrast], scan.affine)
-        write_image(stem.with_name(f"{stem.name}_{suffix}.nii.gz"), _packed(image))
-        derived = {} if suffix.endswith("T2starw") else {**echoes}
-        write_json(
-            stem.with_name(f"{stem.name}_{suffix}.json"), {**acquisition, **derived, **metadata}
-        )
+        name = f"{stem.name}_{suffix}"
+        _write_measured(stem.with_name(name), scan.maps[contrast], scan.affine, protocol, metadata)
+
+
+def _write_truth(stem: Path, scan: SimulatedScan) -> None:
+    labels = nib.Nifti1Image(scan.labels, scan.affine)
+    write_image(stem.with_name(f"{stem.name}_dseg.nii.gz"), _in_scanner(labels))
+    write_json(
+        stem.with_name(f"{stem.name}_dseg.json"),
+        {"Description": "Where the simulation put the nuclei", "Manual": False},
+    )
 
 
 def _write_echoes(stem: Path, scan: SimulatedScan, protocol: Protocol) -> None:
-    parts = {"mag": (np.abs, "arbitrary"), "phase": (np.angle, "rad")}
     for e, time in enumerate(protocol.echo_times):
-        for part, (take, unit) in parts.items():
-            name = f"{stem.name}_echo-{e + 1}_part-{part}_MEGRE"
-            image = nib.Nifti1Image(take(scan.signal[..., e]).astype(np.float32), scan.affine)
-            write_image(stem.with_name(f"{name}.nii.gz"), _packed(image))
-            write_json(
-                stem.with_name(f"{name}.json"),
-                {**_acquisition(protocol), "EchoTime": time, "Units": unit},
+        echo = scan.signal[..., e]
+        for part, data, unit in (
+            ("mag", np.abs(echo), "arbitrary"),
+            ("phase", np.angle(echo), "rad"),
+        ):
+            _write_measured(
+                stem.with_name(f"{stem.name}_echo-{e + 1}_part-{part}_MEGRE"),
+                data,
+                scan.affine,
+                protocol,
+                {"EchoTime": time, "Units": unit},
             )
 
 
-def _packed(image: nib.Nifti1Image) -> nib.Nifti1Image:
-    """Store as scanners do, in 16-bit integers with a slope: half the size."""
-    packed = nib.Nifti1Image(image.get_fdata(dtype=np.float32), image.affine)
-    packed.set_data_dtype(np.int16)
-    return _in_scanner(packed)
+def _write_measured(
+    stem: Path, data: Array, affine: Array, protocol: Protocol, metadata: dict[str, Any]
+) -> None:
+    """Write an image as scanners do, in 16-bit integers with a slope, and its sidecar."""
+    image = nib.Nifti1Image(data.astype(np.float32), affine)
+    image.set_data_dtype(np.int16)
+    write_image(stem.with_name(f"{stem.name}.nii.gz"), _in_scanner(image))
+    acquisition = {
+        "Manufacturer": "simulated",
+        "ManufacturersModelName": "fdl simulate",
+        "SoftwareVersions": __version__,
+        "MagneticFieldStrength": protocol.field_strength,
+        "PulseSequenceType": "Spoiled multi-echo gradient echo",
+        "ScanningSequence": "GR",
+        "SequenceVariant": "SP",
+        "MRAcquisitionType": "3D",
+    }
+    write_json(stem.with_name(f"{stem.name}.json"), {**acquisition, **metadata})
 
 
 def _in_scanner(image: nib.Nifti1Image) -> nib.Nifti1Image:

@@ -132,7 +132,5 @@ def draw_tissues(
             chi = max(chi, 0.15 * row["chi"])
             r2star = max(r2star, 0.5 * row["r2star"])
         rho = row["rho"] * float(np.exp(0.04 * spread * rng.standard_normal()))
-        tissues[name] = Tissue(
-            float(chi), max(float(r2star), 0.5) * field_strength / 3.0, rho
-        )
+        tissues[name] = Tissue(float(chi), max(float(r2star), 0.5) * field_strength / 3.0, rho)
     return tissues

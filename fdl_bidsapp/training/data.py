@@ -7,13 +7,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import scipy.ndimage as ndi
 import torch
 import torch.nn.functional as F
 
 from fdl_bidsapp.imaging.grid import Grid, canonical, canvas_geometry, conform
 from fdl_bidsapp.imaging.intensity import limits, scale
 from fdl_bidsapp.models.fdl import CONTRASTS
-from fdl_bidsapp.simulation.head import rotation, smooth_noise
+from fdl_bidsapp.simulation.geometry import rotation, smooth_noise
 from fdl_bidsapp.simulation.scan import draw_protocol, simulate_scan
 from fdl_bidsapp.simulation.tissue import Person
 
@@ -136,7 +137,11 @@ class SimulatedPatches:
         scan = self.scans[which]
         contrast = str(rng.choice(list(self.contrasts), p=list(self.contrasts.values())))
         centre = self.centres[which] + rng.uniform(-1, 1, 3) * np.asarray(jitter)
-        image, labels = self._cut(scan, CONTRASTS.index(contrast), centre, shape, rng)
+        if rng.random() < 0.4:
+            linear = np.eye(3)
+        else:
+            linear = rotation(rng.normal(0, 7, 3)) @ np.diag(np.exp(rng.normal(0, 0.07, 3)))
+        image, labels = cut_patch(scan, CONTRASTS.index(contrast), centre, linear, shape)
         if rng.random() < 0.5:
             image = image[::-1]
             labels = self.swap[labels[::-1]]
@@ -157,44 +162,59 @@ class SimulatedPatches:
             torch.from_numpy(np.ascontiguousarray(labels).astype(np.int64))[None],
         )
 
-    @staticmethod
-    def _cut(
-        scan: Array, channel: int, centre: Array, shape: tuple[int, int, int],
-        rng: np.random.Generator,
-    ) -> tuple[Array, Array]:
-        """Resample a patch, turned and scaled at random; zero beyond the scan."""
-        if rng.random() < 0.4:
-            linear = np.eye(3)
-        else:
-            linear = rotation(rng.normal(0, 7, 3)) @ np.diag(np.exp(rng.normal(0, 0.07, 3)))
-        half = (np.array(shape) - 1) / 2
-        corners = np.stack(np.meshgrid(*[(-h, h) for h in half], indexing="ij"), -1).reshape(-1, 3)
-        reach = np.abs(corners @ linear.T).max(0) + 1
-        low = np.floor(centre - reach).astype(int)
-        high = np.ceil(centre + reach).astype(int) + 1
-        inside = tuple(
-            slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, scan.shape[1:], strict=True)
-        )
-        margin = [(s.start - a, b - s.stop) for s, a, b in zip(inside, low, high, strict=True)]
-        image = np.pad(np.asarray(scan[(channel, *inside)], np.float32), margin)
-        labels = np.pad(np.asarray(scan[(-1, *inside)], np.float32), margin)
-        # Index in the block of a patch voxel i: linear (i - half) + centre - low.
-        theta = _grid_sample_matrix(linear, half, centre - low, image.shape)
-        stack = torch.from_numpy(np.stack([image, labels]))[None]
-        grid = F.affine_grid(theta, [1, 1, *shape], align_corners=True)
-        moved = F.grid_sample(stack[:, :1], grid, "bilinear", "zeros", align_corners=True)
-        classes = F.grid_sample(stack[:, 1:], grid, "nearest", "zeros", align_corners=True)
-        return moved[0, 0].numpy(), classes[0, 0].numpy().astype(np.uint8)
+
+def cut_patch(
+    scan: Array, channel: int, centre: Array, linear: Array, shape: tuple[int, int, int]
+) -> tuple[Array, Array]:
+    """Resample a patch of a cached scan and its labels.
+
+    Parameters
+    ----------
+    scan : (C + 1, X, Y, Z) array
+        Contrasts, then labels.
+    channel
+        The contrast.
+    centre : (3,) array
+        Where the patch's centre lies in the scan, in voxels.
+    linear : (3, 3) array
+        From steps in the patch to steps in the scan.
+    shape
+        Size of the patch in voxels.
+
+    Returns
+    -------
+    image : shape float32 array
+        Linear interpolation; zero beyond the scan.
+    labels : shape uint8 array
+        Nearest neighbour.
+    """
+    half = (np.array(shape) - 1) / 2
+    corners = np.stack(np.meshgrid(*[(-h, h) for h in half], indexing="ij"), -1).reshape(-1, 3)
+    reach = np.abs(corners @ linear.T).max(0) + 1
+    low = np.floor(centre - reach).astype(int)
+    high = np.ceil(centre + reach).astype(int) + 1
+    inside = tuple(
+        slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, scan.shape[1:], strict=True)
+    )
+    margin = [(s.start - a, b - s.stop) for s, a, b in zip(inside, low, high, strict=True)]
+    image = np.pad(np.asarray(scan[channel][inside], np.float32), margin)
+    labels = np.pad(np.asarray(scan[-1][inside], np.float32), margin)
+    theta = _grid_sample_matrix(linear, half, centre - low, image.shape)
+    stack = torch.from_numpy(np.stack([image, labels]))[None]
+    grid = F.affine_grid(theta, [1, 1, *shape], align_corners=True)
+    moved = F.grid_sample(stack[:, :1], grid, "bilinear", "zeros", align_corners=True)
+    classes = F.grid_sample(stack[:, 1:], grid, "nearest", "zeros", align_corners=True)
+    return moved[0, 0].numpy(), classes[0, 0].numpy().astype(np.uint8)
 
 
 def _grid_sample_matrix(
     linear: Array, half: Array, centre: Array, block: Sequence[int]
 ) -> torch.Tensor:
     """Write ``linear · (i - half) + centre`` in the normalised, reversed axes of torch."""
-    scale = 2 / (np.array(block) - 1)
+    to_unit = 2 / (np.array(block) - 1)
     matrix = np.zeros((3, 4))
-    matrix[:, :3] = scale[:, None] * linear * half[None, :]
-    matrix[:, 3] = scale * centre - 1
+    matrix[:, :3] = to_unit[:, None] * linear * half[None, :]
+    matrix[:, 3] = to_unit * centre - 1
     matrix[:, :3] = matrix[::-1, 2::-1]
     matrix[:, 3] = matrix[::-1, 3]
     return torch.from_numpy(matrix.astype(np.float32))[None]
@@ -214,8 +234,6 @@ def degrade(image: Array, rng: np.random.Generator) -> Array:
     -------
     (X, Y, Z) float32 array
     """
-    import scipy.ndimage as ndi
-
     spread = float(image.std()) + 1e-12
     if rng.random() < 0.25:
         image = ndi.gaussian_filter(image, rng.uniform(0.3, 1.0))
