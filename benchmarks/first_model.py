@@ -1,6 +1,6 @@
 """Train the first default model: late fusion on simulated heads, from nothing but this package.
 
-    python benchmarks/first_model.py CACHE OUTPUT.safetensors [--heads 80] [--minutes 60]
+    python benchmarks/first_model.py CACHE OUTPUT.safetensors [--heads 64] [--minutes 60]
 
 Run it again after an interruption and it goes on. Seeds from 0 up are for training;
 `benchmarks/first_model_accuracy.py` measures on the demonstration's own stream of heads.
@@ -24,15 +24,15 @@ from fdl_bidsapp.models.fdl import ModelSpec, build_network
 from fdl_bidsapp.models.inference import resolve_device
 from fdl_bidsapp.training.data import SimulatedPatches, cache_simulated_scan
 from fdl_bidsapp.training.loop import Schedule, train
-from fdl_bidsapp.training.losses import dice_cross_entropy_loss
+from fdl_bidsapp.training.recipes import RECIPES
 
 CONTRASTS = {"qsm": 0.4, "r2star": 0.25, "imag": 0.25, "swi": 0.1}
 
 # (shape, jitter of its centre, share of the steps at the beginning and at the end)
 PATCHES = (
-    ((80, 96, 72), (12, 16, 12), 0.80, 0.50),
-    ((112, 112, 96), (20, 20, 20), 0.18, 0.35),
-    ((160, 160, 128), (15, 25, 30), 0.02, 0.15),
+    ((64, 80, 64), (8, 10, 10), 0.80, 0.60),
+    ((96, 96, 80), (20, 20, 20), 0.18, 0.32),
+    ((160, 160, 128), (15, 25, 30), 0.02, 0.08),
 )
 
 
@@ -41,11 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cache", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--heads", type=int, default=80)
+    parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--width", type=int, default=12)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -55,6 +55,7 @@ def main() -> None:
         "default",
         method="late",
         backbone_options={"width": options.width, "levels": 4},
+        fusion_channels=options.width,
         contrasts=tuple(CONTRASTS),
         labels=labels,
     )
@@ -81,20 +82,21 @@ def main() -> None:
     )
     started = time.time()
     run = options.output.with_suffix(".run")
-    averaged = train(network, draw, dice_cross_entropy_loss, schedule, run, resolve_device("auto"))
-    steps = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    device = resolve_device("auto")
+    trained = train(network, draw, RECIPES["strong"].total_loss, schedule, run, device)
     provenance = {
         "data": f"{len(files)} heads of fdl simulate's training range, seeds 0 to {len(files) - 1}",
         "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights",
-        "steps": steps,
+        "steps": trained.steps,
         "seed": options.seed,
         "trained_on": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "finished": time.strftime("%Y-%m-%d"),
     }
     final = ModelSpec(**{**vars(spec), "provenance": provenance})
-    digest = save_bundle(options.output, averaged, final)
-    print(f"{options.output}: {steps} steps, SHA-256 {digest}, {time.time() - started:.0f} s")
+    digest = save_bundle(options.output, trained.network, final)
+    seconds = time.time() - started
+    print(f"{options.output}: {trained.steps} steps, SHA-256 {digest}, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

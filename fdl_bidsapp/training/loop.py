@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fdl_bidsapp.errors import DataError
+from fdl_bidsapp.errors import DataError, StorageError
 from fdl_bidsapp.models.inference import autocast_dtype
 
-Batch = tuple[Tensor, Tensor]
+LOG_EVERY = 25
+"""Steps over which the logged loss is averaged."""
+
+LOG_COLUMNS = ("step", "minutes", "learning_rate", "loss", "validation_dice")
+
+Draw = Callable[[int, float], tuple[Tensor, ...]]
+Loss = Callable[[list[Tensor], Tensor], Tensor]
+Validate = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
@@ -26,11 +36,24 @@ class Schedule:
     steps
         Optimiser steps of the whole schedule.
     learning_rate
-        Peak of the one-cycle schedule.
+        Peak of the one-cycle schedule, or the constant rate.
+    one_cycle
+        Whether the rate rises and falls; see :func:`learning_rate_at`.
+    optimiser
+        ``adamw`` or ``adam``.
     weight_decay
         Of AdamW.
     average
-        Decay of the exponential moving average of the weights, whose result is used.
+        Decay of the exponential moving average of the weights, whose result is used; with 0 it is
+        the last step's weights.
+    clip
+        Largest norm of the gradient.
+    mixed_precision
+        Whether to compute in bfloat16 where the device has it.
+    validate_every
+        Steps between validations.
+    keep_best
+        Whether the result are the weights of the best validation, rather than the last ones.
     max_minutes
         The schedule is shortened to end within this time.
     checkpoint_minutes
@@ -39,10 +62,38 @@ class Schedule:
 
     steps: int
     learning_rate: float = 2e-3
+    one_cycle: bool = True
+    optimiser: str = "adamw"
     weight_decay: float = 1e-3
     average: float = 0.998
-    max_minutes: float = float("inf")
+    clip: float = 5.0
+    mixed_precision: bool = True
+    validate_every: int = 500
+    keep_best: bool = False
+    max_minutes: float = math.inf
     checkpoint_minutes: float = 3.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gives.
+
+    Attributes
+    ----------
+    network
+        A copy of the network with the weights to use, in evaluation mode.
+    step
+        The step these weights are from.
+    steps
+        Steps that were made.
+    validation_dice
+        Of these weights; ``None`` without validation.
+    """
+
+    network: nn.Module
+    step: int
+    steps: int
+    validation_dice: float | None
 
 
 def learning_rate_at(progress: float, peak: float) -> float:
@@ -53,8 +104,6 @@ def learning_rate_at(progress: float, peak: float) -> float:
     >>> learning_rate_at(0.05, 1.0), round(learning_rate_at(1.0, 1.0), 6)
     (1.0, 0.0)
     """
-    import math
-
     if progress < 0.05:
         return peak * max(progress, 1e-4) / 0.05
     return peak * 0.5 * (1 + math.cos(math.pi * min((progress - 0.05) / 0.95, 1.0)))
@@ -62,12 +111,15 @@ def learning_rate_at(progress: float, peak: float) -> float:
 
 def train(
     network: nn.Module,
-    draw: Callable[[int, float], Batch],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    draw: Draw,
+    loss: Loss,
     schedule: Schedule,
     folder: Path,
     device: torch.device,
-) -> nn.Module:
+    *,
+    validate: Validate | None = None,
+    configuration: Mapping[str, Any] | None = None,
+) -> Trained:
     """Train a network, or go on with a training that was cut off.
 
     Parameters
@@ -75,104 +127,235 @@ def train(
     network
         The network to train; its weights are changed.
     draw
-        Gives the batch (image (B, 1, X, Y, Z), classes (B, X, Y, Z)) of a step, from the step's
-        number and the progress from 0 to 1, so that a resumed training sees the same stream.
+        Gives the batch of a step: image (B, 1, X, Y, Z), classes (B, X, Y, Z) and, for multimodal
+        fusion, the low parts of the other contrasts; from the step's number and the progress from
+        0 to 1, so that a resumed training sees the same stream.
     loss
-        Takes the first logits and the classes.
+        Takes the list of logits and the classes.
     schedule
         Length, learning rate, budget.
     folder
         Holds ``checkpoint.pt`` and ``log.tsv``.
     device
         Where to train.
-
-    Returns
-    -------
-    nn.Module
-        A copy of the network with the averaged weights, in evaluation mode.
+    validate
+        Gives the validation Dice of a network.
+    configuration
+        JSON values that a checkpoint has to share to be gone on with.
 
     Raises
     ------
     DataError
-        The checkpoint in ``folder`` belongs to another network.
+        The checkpoint in ``folder`` is of another configuration or network, or damaged; or the loss
+        is not finite.
+    StorageError
+        The checkpoint cannot be written; the one before it is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     network.to(device).train()
-    averaged = copy.deepcopy(network).eval()
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
-    )
-    checkpoint = folder / "checkpoint.pt"
-    step, spent = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    state = _State(network, schedule, folder / "checkpoint.pt", dict(configuration or {}))
+    state.resume(device)
+    dtype = autocast_dtype(device) if schedule.mixed_precision else None
+    log = _Log(folder / "log.tsv", state.step)
+    started = saved = time.monotonic() - state.spent
+    with _progress_bar() as bar:
+        while True:
+            state.spent = time.monotonic() - started
+            progress = max(state.step / schedule.steps, state.spent / 60 / schedule.max_minutes)
+            finished = progress >= 1
+            if validate is not None and state.wants_validation(finished):
+                score = validate(state.averaged)
+                state.keep(score)
+                log.write(state, log.rate, score)
+            if finished or time.monotonic() - saved > 60 * schedule.checkpoint_minutes:
+                state.save()
+                saved = time.monotonic()
+            bar.n = 100 * min(progress, 1.0)
+            if finished:
+                bar.refresh()
+                return state.result()
+            rate = schedule.learning_rate
+            if schedule.one_cycle:
+                rate = learning_rate_at(progress, rate)
+            image, classes, *others = (t.to(device) for t in draw(state.step, progress))
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                outputs = network(image, others)
+            log.add(state.advance(loss(outputs, classes), rate))
+            if state.step % LOG_EVERY == 0:
+                mean = log.write(state, rate, None)
+                bar.set_postfix_str(_postfix(mean, state.score), refresh=False)
+            bar.update(0)
+
+
+class _State:
+    """The weights and all that a checkpoint keeps."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        path: Path,
+        configuration: dict[str, Any],
+    ) -> None:
+        self.network = network
+        self.schedule = schedule
+        self.path = path
+        self.configuration = json.loads(json.dumps(configuration))
+        self.averaged = copy.deepcopy(network).eval()
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[schedule.optimiser]
+        decay = schedule.weight_decay if schedule.optimiser == "adamw" else 0.0
+        self.optimiser = kind(network.parameters(), lr=schedule.learning_rate, weight_decay=decay)
+        self.step = 0
+        self.spent = 0.0
+        self.score: float | None = None
+        self.validated = 0
+        self.best: dict[str, Any] | None = None
+
+    def advance(self, value: Tensor, rate: float) -> Tensor:
+        """Make one step down the loss."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.schedule.clip)
+        self.optimiser.step()
+        self.step += 1
+        decay = min(self.schedule.average, self.step / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay
+            )
+            for mean, buffer in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
+                mean.copy_(buffer)
+        return value.detach()
+
+    def wants_validation(self, finished: bool) -> bool:
+        due = finished or self.step % self.schedule.validate_every == 0
+        return due and self.step > self.validated
+
+    def keep(self, score: float) -> None:
+        """Note a validation, and keep the weights if they are the best so far."""
+        self.score, self.validated = score, self.step
+        if self.schedule.keep_best and (self.best is None or score > self.best["score"]):
+            weights = {name: t.detach().clone() for name, t in self.averaged.state_dict().items()}
+            self.best = {"score": score, "step": self.step, "weights": weights}
+
+    def result(self) -> Trained:
+        if self.best is None:
+            return Trained(self.averaged, self.step, self.step, self.score)
+        self.averaged.load_state_dict(self.best["weights"])
+        return Trained(self.averaged, self.best["step"], self.step, self.best["score"])
+
+    def resume(self, device: torch.device) -> None:
+        if not self.path.exists():
+            return
+        remedy = "choose another output, or remove this folder to start afresh"
         try:
-            network.load_state_dict(state["network"])
-            averaged.load_state_dict(state["averaged"])
-            optimiser.load_state_dict(state["optimiser"])
+            state = torch.load(self.path, map_location=device, weights_only=True)
+            theirs = state["configuration"]
+        except Exception as error:
+            # torch.load raises whatever its zip reader and unpickler happen to raise.
+            raise DataError("the checkpoint is damaged", remedy, path=self.path) from error
+        ours = self.configuration
+        for key in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(key) != ours.get(key):
+                raise DataError(
+                    f"the checkpoint is from another configuration: {key} was"
+                    f" {_short(theirs.get(key))} and is now {_short(ours.get(key))}",
+                    remedy,
+                    path=self.path,
+                )
+        try:
+            self.network.load_state_dict(state["network"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.optimiser.load_state_dict(state["optimiser"])
         except (RuntimeError, ValueError) as error:
             raise DataError(
-                "the checkpoint belongs to another network", "choose another folder",
-                path=checkpoint,
+                "the checkpoint belongs to another network", remedy, path=self.path
             ) from error
-        step, spent = int(state["step"]), float(state["spent"])
-    dtype = autocast_dtype(device)
-    started = saved = time.monotonic() - spent
-    log = folder / "log.tsv"
-    if not log.exists():
-        log.write_text("step\tminutes\tlearning_rate\tloss\n")
-    running: list[float] = []
-    while True:
-        spent = time.monotonic() - started
-        progress = max(step / schedule.steps, spent / 60 / schedule.max_minutes)
-        finished = progress >= 1
-        if finished or time.monotonic() - saved > 60 * schedule.checkpoint_minutes:
-            saved = time.monotonic()
-            _save(checkpoint, network, averaged, optimiser, step, spent)
-        if finished:
-            return averaged
-        rate = learning_rate_at(progress, schedule.learning_rate)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        image, classes = (tensor.to(device) for tensor in draw(step, progress))
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            logits = network(image)[0]
-        value = loss(logits, classes)
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimiser.step()
-        step += 1
-        decay = min(schedule.average, step / (step + 10))
-        with torch.no_grad():
-            for mean, parameter in zip(averaged.parameters(), network.parameters(), strict=True):
-                mean.lerp_(parameter, 1 - decay)
-        running.append(float(value.detach()))
-        if len(running) == 25:
-            with log.open("a") as file:
-                mean_loss = sum(running) / len(running)
-                minutes = (time.monotonic() - started) / 60
-                file.write(f"{step}\t{minutes:.2f}\t{rate:.3g}\t{mean_loss:.4f}\n")
-            running.clear()
+        self.step, self.spent = int(state["step"]), float(state["spent"])
+        self.score, self.validated = state["score"], state["validated"]
+        self.best = state["best"]
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        temporary = self.path.with_suffix(".tmp")
+        content = {
+            "configuration": self.configuration,
+            "network": self.network.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "spent": self.spent,
+            "score": self.score,
+            "validated": self.validated,
+            "best": self.best,
+        }
+        try:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+            temporary.replace(self.path)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            raise StorageError(
+                f"the checkpoint cannot be written ({' '.join(str(error).split())})",
+                "make space and run the same command again; it goes on from the last checkpoint",
+                path=self.path,
+            ) from error
 
 
-def _save(
-    path: Path,
-    network: nn.Module,
-    averaged: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    step: int,
-    spent: float,
-) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(
-        {
-            "network": network.state_dict(),
-            "averaged": averaged.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "step": step,
-            "spent": spent,
-        },
-        temporary,
-    )
-    temporary.replace(path)
+class _Log:
+    """The table of the training, one row every few steps."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.rate = 0.0
+        self.losses: list[Tensor] = []
+        rows = path.read_text("utf-8").splitlines()[1:] if path.exists() else []
+        # What came after the checkpoint is done again.
+        rows = [row for row in rows if int(row.split("\t")[0]) <= step]
+        path.write_text("\n".join(["\t".join(LOG_COLUMNS), *rows, ""]), "utf-8")
+
+    def add(self, value: Tensor) -> None:
+        # Kept on the device: asking for the number would make a GPU wait at every step.
+        self.losses.append(value)
+
+    def write(self, state: _State, rate: float, score: float | None) -> float:
+        """Append a row, and return the mean loss since the last one."""
+        mean = float(torch.stack(self.losses).mean()) if self.losses else math.nan
+        if self.losses and not math.isfinite(mean):
+            raise DataError(
+                f"the loss is no longer finite at step {state.step}",
+                "lower the learning rate, or look for damaged images",
+                path=self.path,
+            )
+        self.losses.clear()
+        self.rate = rate
+        values = (
+            str(state.step),
+            f"{state.spent / 60:.2f}",
+            f"{rate:.3g}",
+            "n/a" if math.isnan(mean) else f"{mean:.4f}",
+            "n/a" if score is None else f"{score:.4f}",
+        )
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\t".join(values) + "\n")
+        return mean
+
+
+def _progress_bar() -> Any:
+    from tqdm import tqdm
+
+    layout = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    # disable=None: quiet where standard error is no terminal.
+    return tqdm(total=100, bar_format=layout, disable=None)
+
+
+def _postfix(loss: float, score: float | None) -> str:
+    text = f"loss {loss:.3f}"
+    return text if score is None else f"{text}, validation Dice {score:.3f}"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 60 else f"{text[:57]}…"

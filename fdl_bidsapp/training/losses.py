@@ -39,15 +39,3 @@ def soft_dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tens
 def dice_cross_entropy_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Return the sum of :func:`soft_dice_loss` and the voxel-wise cross-entropy."""
     return soft_dice_loss(logits, target) + F.cross_entropy(logits.float(), target)
-
-
-def multimodal_loss(outputs: list[Tensor], target: Tensor) -> Tensor:
-    """Return the sum over contrasts of Dice plus cross-entropy.
-
-    Parameters
-    ----------
-    outputs
-        Logits for each contrast, as a fusion network returns them.
-    target : (B, X, Y, Z) long tensor
-    """
-    return torch.stack([dice_cross_entropy_loss(logits, target) for logits in outputs]).sum()
