@@ -85,7 +85,9 @@ def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> W
     """
     model = {"model": str(compute.model), "model_sha256": compute.model_sha256}
     normalise = Node(
-        NormaliseScan(scan=job.scan, target=settings.target, **model),
+        NormaliseScan(
+            scan=job.scan, target=settings.target, key=job.provenance.key, **model
+        ),
         name="normalise",
         mem_gb=READING_GB,
     )
@@ -113,6 +115,8 @@ def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> W
         name="deliver",
         mem_gb=REGISTERING_GB if settings.output_spaces else DELIVERING_GB,
         n_procs=compute.threads if settings.output_spaces else 1,
+        # What it writes lies outside the work folder, where Nipype does not see it is gone.
+        overwrite=True,
     )
     workflow = Workflow(name)
     workflow.connect(
