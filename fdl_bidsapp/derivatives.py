@@ -20,6 +20,7 @@ from fdl_bidsapp.bids.outputs import (
     mask_sidecar,
     output_path,
     probseg_sidecar,
+    read_record,
     remove_scan_outputs,
     write_image,
     write_json,
@@ -101,7 +102,9 @@ def write_scan(
         A file cannot be written.
     """
     remove_scan_outputs(out, scan)
-    sources = [uri for source in scan.sources for uri in source.uris]
+    used = [source for source in scan.sources if source.contrast in images.maps]
+    # The echoes of one series serve two contrasts.
+    sources = list(dict.fromkeys(uri for source in used for uri in source.uris))
     target = scan.get(images.target)
     reference = target.uris[0] if target and target.uris else images.target
 
@@ -172,9 +175,13 @@ def write_failure(out: Path, scan: Scan, error: FdlError, provenance: Provenance
 
 
 def write_missing(out: Path, subject: str, session: str | None, provenance: Provenance) -> None:
-    """Record that a participant or session has no usable contrast."""
-    entities = [("subject", subject)] + ([("session", session)] if session else [])
-    scan = Scan(tuple(entities))
+    """Record that a participant or session has no usable contrast.
+
+    Results that an earlier run made of other input stay as they are.
+    """
+    scan = Scan((("subject", subject), *((("session", session),) if session else ())))
+    if _status(out, scan) == "ok":
+        return
     remove_scan_outputs(out, scan)
     error = FdlError(
         "no usable contrast was found",
@@ -182,6 +189,25 @@ def write_missing(out: Path, subject: str, session: str | None, provenance: Prov
     )
     record = _record(scan, "missing_input", error, provenance)
     write_json(output_path(out, scan.entities, "morph", extension=".json"), record)
+
+
+def remove_missing(out: Path, scan: Scan) -> None:
+    """Delete the record that this scan's participant or session had no usable contrast."""
+    for names in (("subject",), ("subject", "session")):
+        place = Scan(tuple(pair for pair in scan.entities if pair[0] in names))
+        if _status(out, place) == "missing_input":
+            remove_scan_outputs(out, place)
+
+
+def remove_partial(out: Path, scan: Scan) -> None:
+    """Delete what an interrupted run has left of a scan: files without the record, the last one."""
+    if _status(out, scan) is None:
+        remove_scan_outputs(out, scan)
+
+
+def _status(out: Path, scan: Scan) -> object:
+    record = read_record(output_path(out, scan.entities, "morph", extension=".json"))
+    return record and record.get("Status")
 
 
 def _record(

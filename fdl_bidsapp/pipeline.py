@@ -6,6 +6,7 @@ The Nipype interfaces and the toolbox command both are thin shells around these.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from fdl_bidsapp.imaging.grid import (
     same_grid,
     windows,
 )
-from fdl_bidsapp.imaging.intensity import check_units, normalise
+from fdl_bidsapp.imaging.intensity import ROBUST_PERCENTILES, check_units, normalise
 from fdl_bidsapp.imaging.measure import label_map, largest_components
 from fdl_bidsapp.imaging.relaxometry import mean_magnitude, r2star_from_t2star, r2star_loglinear
 from fdl_bidsapp.labels import Label
@@ -198,6 +199,7 @@ def read_scan(scan: Scan, target: str, allowed: Sequence[str]) -> ScanImages:
     chosen = choose_target(available, target, allowed)
     notes = list(scan.notes)
     reference = _read_source(_source(scan, chosen), notes)
+    _check_contrast(reference, _source(scan, chosen))
     maps = {chosen: np.asarray(reference.dataobj, np.float32)}
     for source in scan.sources:
         if source.contrast == chosen:
@@ -227,6 +229,19 @@ def _source(scan: Scan, contrast: str) -> Source:
     source = scan.get(contrast)
     assert source is not None
     return source
+
+
+def _check_contrast(image: nib.Nifti1Image, source: Source) -> None:
+    """Refuse a target in which nothing can be seen, such as a mask under a map's name."""
+    values = np.asarray(image.dataobj)
+    values = values[values != 0]
+    low, high = np.percentile(values, ROBUST_PERCENTILES) if values.size else (0.0, 0.0)
+    if low == high:
+        raise ImageError(
+            f"the {source.contrast} has no contrast: nearly every value in it is 0 or {low:g}",
+            "make the map again",
+            path=source.paths[0],
+        )
 
 
 def _read_source(source: Source, notes: list[str]) -> nib.Nifti1Image:
@@ -333,13 +348,13 @@ def segment_canvas(
 
     def run(start: tuple[int, int, int]) -> Array:
         place = tuple(slice(s, s + n) for s, n in zip(start, grid.shape, strict=True))
-        cut = {
-            contrast: normalise(data[place], spec.intensity[contrast])
-            for contrast, data in canvas.maps.items()
-            if contrast in spec.intensity and data[place].any()
-        }
+        cut = {}
+        for contrast, data in canvas.maps.items():
+            # A window may hold nothing but the surround of a masked map.
+            with suppress(ImageError):
+                if contrast in spec.intensity:
+                    cut[contrast] = normalise(data[place], spec.intensity[contrast])
         if canvas.target not in cut:
-            # Nothing but the surround of a masked map lies here.
             return np.zeros((len(spec.labels), *grid.shape), np.float32)
         return predict(network, spec, cut, canvas.target, device, flips=flips, bank=bundle.bank)
 

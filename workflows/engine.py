@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -60,6 +61,7 @@ _THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS",
     "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",
 )
+_INTERRUPT = re.compile(r"^\s*KeyboardInterrupt\b", re.MULTILINE)
 _NO_SPACE = re.compile(r"\[Errno (28|122|5)\]")
 _NO_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|DefaultCPUAllocator: can't allocate memory")
 _LESS_AT_ONCE = "run again with a lower --nprocs or more memory; finished scans are kept"
@@ -329,6 +331,9 @@ class _InProcess(PluginBase):
                 node.run(updatehash=updatehash)
             except Exception as error:
                 lines = format_exception(error)
+                if _INTERRUPT.search("".join(lines)):
+                    # Nipype takes it for the failure of a node.
+                    raise KeyboardInterrupt from None
                 report_crash(node, traceback=list(lines))
                 lost |= nx.descendants(graph, node)
                 self.scans.failed(node, _error_of(node, "".join(lines)))
@@ -427,6 +432,8 @@ def _start_worker(log_file: Path, folder: Path, resource_monitor: bool) -> None:
     os.dup2(log, 2)
     os.close(log)
     _log_handlers(log_file)
+    # Sent by the terminal to all processes alike; the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.chdir(folder)
     if resource_monitor:
         nipype_config.enable_resource_monitor()

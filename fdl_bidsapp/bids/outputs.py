@@ -36,6 +36,8 @@ STANDARD_SPACES = {
 }
 """Where each standard space is described, for ``SpatialReference``."""
 
+LABEL_TABLE = "seg-fdl_dseg.tsv"
+
 GZIP_LEVEL = 4
 """Label maps shrink to almost nothing at any level; probabilities gain little above this one."""
 
@@ -193,8 +195,12 @@ def write_tsv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequ
     >>> table.read_text().splitlines()
     ['name\\tvolume', 'RNL\\t201.235', 'RNR\\tn/a']
     """
+    write_text(path, _tsv_text(rows, columns))
+
+
+def _tsv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
     lines = [list(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]
-    write_text(path, "".join("\t".join(line) + "\n" for line in lines))
+    return "".join("\t".join(line) + "\n" for line in lines)
 
 
 def _cell(value: Any) -> str:
@@ -312,6 +318,7 @@ def prepare_output(
     bids_dir: str | Path,
     derivatives: Sequence[tuple[str | None, str | Path]] = (),
     *,
+    labels: Sequence[Label] = (),
     version: str = __version__,
     container: Mapping[str, str] | None = None,
     registration: bool = False,
@@ -326,6 +333,8 @@ def prepare_output(
         The output folder; made if it is not there.
     bids_dir, derivatives
         The inputs, as for `find_scans`.
+    labels
+        The structures of the model; all nuclei are listed where it has no other ones.
     version
         Of this app.
     container
@@ -341,7 +350,8 @@ def prepare_output(
     Raises
     ------
     OutputError
-        The folder is an input, lies among raw data, holds another dataset, or cannot be written.
+        The folder is an input, lies among raw data, holds another dataset or results of another
+        label table, or cannot be written.
     StorageError
         The disk is full or fails.
     InputMissingError, NotADatasetError, UsageError
@@ -351,6 +361,7 @@ def prepare_output(
     out = Path(out).absolute()
     _refuse_inputs(out, datasets)
     known = _own_description(out)
+    label_table = _label_table(out, labels)
     # Also where all below is up to date, a folder that cannot be written to is told at once.
     probe = out / f".{uuid.uuid4().hex}"
     try:
@@ -364,14 +375,31 @@ def prepare_output(
     write_json(out / "dataset_description.json", description)
     write_text(out / ".bidsignore", "\n".join(io_spec()["outputs"]["bidsignore"]) + "\n")
     write_text(out / "README.md", README)
-    write_tsv(
-        out / "seg-fdl_dseg.tsv",
-        [vars(label) for label in nuclei()],
-        ("index", "name", "abbreviation", "color", "mapping"),
-    )
+    write_text(out / LABEL_TABLE, label_table)
     write_text(out / "logs" / "CITATION.md", methods(version, registration=registration))
     write_text(out / "logs" / "CITATION.bib", BIBLIOGRAPHY)
     return out
+
+
+def _label_table(out: Path, labels: Sequence[Label]) -> str:
+    """Return the text of the label table; refuse a folder that has another one."""
+    table = nuclei() if set(labels) <= set(nuclei()) else labels
+    columns = ("index", "name", "abbreviation", "color", "mapping")
+    text = _tsv_text([vars(label) for label in table], columns)
+    path = out / LABEL_TABLE
+    try:
+        known = path.read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return text
+    except (OSError, UnicodeDecodeError):
+        known = ""
+    if known != text:
+        raise OutputError(
+            "the output folder holds results of another label table",
+            "choose another output folder for this model",
+            path=path,
+        )
+    return text
 
 
 def _refuse_inputs(out: Path, datasets: Sequence[Dataset]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from traceback import format_exc
 from typing import TYPE_CHECKING
 
 from fdl_bidsapp import __version__
@@ -26,11 +29,22 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the app and exit with the code of the BIDS Apps execution specification."""
-    sys.exit(run(argv))
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        # Schedulers and `docker stop` send this some seconds before they kill: time to tidy up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        received.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    code = run(argv)
+    sys.exit(128 + received[0] if received else code)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the app and return its exit code; errors are told in one line."""
+    settings = None
     try:
         settings = parse(argv)
         level = {"participant": run_participant, "group": run_group}[settings.analysis_level]
@@ -44,6 +58,25 @@ def run(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fdl-bidsapp: stopped; run it again to go on", file=sys.stderr)
         return 130
+    except Exception as error:
+        print(f"fdl-bidsapp: {_unforeseen(error, settings)}", file=sys.stderr)
+        return FdlError.exit_code
+
+
+def _unforeseen(error: Exception, settings: Settings | None) -> FdlError:
+    """Keep the traceback of an error that nothing is prepared for, and say where."""
+    folder = Path(tempfile.gettempdir())
+    if settings and (settings.output_dir / "logs" / "CITATION.md").is_file():
+        # Made by an earlier step of this program, so it is not somebody else's folder.
+        folder = settings.output_dir / "logs"
+    log = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}_crash.log"
+    with suppress(OSError):
+        log.write_text(f"fdl-bidsapp {__version__}: {sys.argv}\n\n{format_exc()}", "utf-8")
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return FdlError(
+        f"an error that should not happen: {text}",
+        f"run it again, finished scans are kept; if it stays, report it with {log}",
+    )
 
 
 def _storage_error(error: OSError) -> StorageError:
@@ -90,25 +123,33 @@ def run_participant(settings: Settings) -> int:
         return 0
 
     from fdl_bidsapp.bids.outputs import prepare_output
+    from fdl_bidsapp.models.inference import resolve_device
+
+    device = resolve_device(settings.device).type
 
     prepare_output(
         settings.output_dir,
         settings.bids_dir,
         settings.derivatives,
+        labels=bundle.spec.labels,
         registration=bool(settings.output_spaces),
     )
     if settings.boilerplate_only:
         _say(f"Methods text: {settings.output_dir / 'logs' / 'CITATION.md'}")
         return 0
-    return _segment(settings, discovery, bundle)
+    return _segment(settings, discovery, bundle, device)
 
 
-def _segment(settings: Settings, discovery: Discovery, bundle: Bundle) -> int:
+def _segment(settings: Settings, discovery: Discovery, bundle: Bundle, device: str) -> int:
     from fdl_bidsapp.bids.outputs import is_current, write_text
-    from fdl_bidsapp.derivatives import result_key, write_failure, write_missing
-    from fdl_bidsapp.models.inference import resolve_device
+    from fdl_bidsapp.derivatives import (
+        remove_missing,
+        remove_partial,
+        result_key,
+        write_failure,
+        write_missing,
+    )
 
-    device = resolve_device(settings.device).type
     _say(f"fdl-bidsapp {__version__}, model {bundle.spec.name} {bundle.sha256[:12]}, on {device}")
     stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
     write_text(settings.output_dir / "logs" / f"{stamp}_settings.toml", settings.to_toml())
@@ -120,11 +161,12 @@ def _segment(settings: Settings, discovery: Discovery, bundle: Bundle) -> int:
         key = result_key(scan, _result_options(settings, bundle))
         provenance = _provenance(settings, bundle, key)
         promised = _promised(settings, scan)
-        if is_current(settings.output_dir, scan, key, promised=promised):
-            current += 1
-        elif scan.error is not None:
+        remove_missing(settings.output_dir, scan)
+        if scan.error is not None:
             failures[scan.source_prefix] = scan.error
             write_failure(settings.output_dir, scan, scan.error, provenance)
+        elif is_current(settings.output_dir, scan, key, promised=promised):
+            current += 1
         else:
             todo[f"scan_{k}"] = (scan, provenance)
     for subject, session in discovery.missing:
@@ -132,10 +174,19 @@ def _segment(settings: Settings, discovery: Discovery, bundle: Bundle) -> int:
     if current:
         _say(f"{_scans(current)} up to date already: nothing is done again")
     if todo:
-        for name, error in _run_workflow(settings, todo, bundle, device, stamp).items():
+        log_file = settings.output_dir / "logs" / f"{stamp}_nipype.log"
+        try:
+            failed = _run_workflow(settings, todo, bundle, device, log_file)
+        except BaseException:
+            for scan, _ in todo.values():
+                remove_partial(settings.output_dir, scan)
+            raise
+        for name, error in failed.items():
             scan, provenance = todo[name]
             failures[scan.source_prefix] = error
             write_failure(settings.output_dir, scan, error, provenance)
+        if failed:
+            _say(f"Log: {log_file}")
     _tell_outcome(len(discovery.scans), failures, discovery.missing)
     return 1 if failures or discovery.missing else 0
 
@@ -145,7 +196,7 @@ def _run_workflow(
     todo: dict[str, tuple[Scan, Provenance]],
     bundle: Bundle,
     device: str,
-    stamp: str,
+    log_file: Path,
 ) -> dict[str, FdlError]:
     from fdl_bidsapp.workflows.engine import run as run_workflow
     from fdl_bidsapp.workflows.participant import Compute, Job, init_participant_wf
@@ -161,17 +212,18 @@ def _run_workflow(
     compute = Compute(bundle.path, bundle.sha256, device, threads)
     with _work_folder(settings) as folder, Progress(len(jobs)) as progress:
         workflow = init_participant_wf(jobs, settings, compute, folder)
+
+        def done(name: str, error: FdlError | None) -> None:
+            if settings.work_dir is None:
+                # Nobody will look at it, and a large cohort would fill the disk.
+                shutil.rmtree(folder / workflow.name / name, ignore_errors=True)
+            progress.scan_done(failed=error is not None)
+
         if settings.write_graph:
             workflow.write_graph(
                 str(settings.output_dir / "logs" / "graph.dot"), graph2use="colored", format="svg"
             )
-        return run_workflow(
-            workflow,
-            settings,
-            titles,
-            lambda _, error: progress.scan_done(failed=error is not None),
-            log_file=settings.output_dir / "logs" / f"{stamp}_nipype.log",
-        )
+        return run_workflow(workflow, settings, titles, done, log_file=log_file)
 
 
 @contextmanager
@@ -183,11 +235,14 @@ def _work_folder(settings: Settings) -> Iterator[Path]:
         return
     if settings.clean_workdir:
         shutil.rmtree(settings.work_dir / "fdl", ignore_errors=True)
+    probe = settings.work_dir / f".{uuid.uuid4().hex}"
     try:
         settings.work_dir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise OutputError(
-            f"the work folder cannot be made ({error.strerror})",
+            f"the work folder cannot be made or written to ({error.strerror})",
             "choose another --work-dir",
             path=settings.work_dir,
         ) from error

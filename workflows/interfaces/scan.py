@@ -45,6 +45,7 @@ class _ModelInputs(BaseInterfaceInputSpec):
 class _NormaliseInputs(_ModelInputs):
     scan = traits.Any(mandatory=True, desc="fdl_bidsapp.bids.inputs.Scan")
     target = traits.Str("auto", usedefault=True, desc="contrast to segment")
+    key = traits.Str(mandatory=True, desc="changes whenever an input file does")
 
 
 class _NormaliseOutputs(TraitedSpec):
