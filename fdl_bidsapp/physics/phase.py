@@ -27,7 +27,11 @@ def wrap(phase: Array) -> Array:
 
 
 def fit_field(
-    signal: Array, mask: Array, echo_times: Sequence[float], field_strength: float
+    signal: Array,
+    mask: Array,
+    spacing: Sequence[float],
+    echo_times: Sequence[float],
+    field_strength: float,
 ) -> Array:
     """Fit the relative field to the phase of a multi-echo signal, without unwrapping it.
 
@@ -37,6 +41,8 @@ def fit_field(
         Signal at each echo.
     mask : (X, Y, Z) bool array
         Where the phase is trusted.
+    spacing
+        Voxel size in mm.
     echo_times
         Echo times in seconds, increasing.
     field_strength
@@ -62,10 +68,10 @@ def fit_field(
         lower = tuple(slice(None, -1) if a == axis else slice(None) for a in range(3))
         upper = tuple(slice(1, None) if a == axis else slice(None) for a in range(3))
         slope = _slope_of_phase_difference(signal[lower], signal[upper], times)
-        slope = np.where(mask[lower] & mask[upper], slope, 0)
+        slope = np.where(mask[lower] & mask[upper], slope, 0) / np.float32(spacing[axis] ** 2)
         divergence[lower] += slope
         divergence[upper] -= slope
-    field = _solve_poisson(divergence)
+    field = _solve_poisson(divergence, spacing)
     return field / np.float32(2 * np.pi * GAMMA_BAR * field_strength)
 
 
@@ -91,11 +97,11 @@ def _slope_of_phase_difference(lower: Array, upper: Array, times: Array) -> Arra
     return slope
 
 
-def _solve_poisson(divergence: Array) -> Array:
+def _solve_poisson(divergence: Array, spacing: Sequence[float]) -> Array:
     """Invert the seven-point Laplacian with mirrored edges."""
     laplacian = np.zeros((1, 1, 1), np.float32)
-    for axis, n in enumerate(divergence.shape):
-        values = 2 * np.cos(np.pi * np.arange(n, dtype=np.float32) / n) - 2
+    for axis, (n, h) in enumerate(zip(divergence.shape, spacing, strict=True)):
+        values = (2 * np.cos(np.pi * np.arange(n, dtype=np.float32) / n) - 2) / np.float32(h**2)
         laplacian = laplacian + values.reshape([-1 if a == axis else 1 for a in range(3)])
     laplacian[0, 0, 0] = 1.0
     spectrum = scipy.fft.dctn(divergence, workers=-1) / laplacian

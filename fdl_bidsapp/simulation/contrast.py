@@ -42,6 +42,9 @@ class Protocol:
         Factor on the tissues' inner variation.
     inversion
         ``tikhonov`` or ``thresholded_division``.
+    ignore_voxel_size
+        Integrate the field's gradient as if voxels were cubes: a mistake that leaves a slow
+        background in the susceptibility where they are not.
     """
 
     echo_times: tuple[float, ...] = (0.004, 0.010, 0.016, 0.022, 0.028)
@@ -50,6 +53,7 @@ class Protocol:
     bias: float = 0.15
     texture: float = 1.0
     inversion: Literal["tikhonov", "thresholded_division"] = "tikhonov"
+    ignore_voxel_size: bool = False
 
     @property
     def swi_echo(self) -> int:
@@ -158,7 +162,8 @@ def compute_maps(
     """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     magnitude = np.abs(signal)
-    field = fit_field(signal, brain, protocol.echo_times, protocol.field_strength)
+    steps = (1.0, 1.0, 1.0) if protocol.ignore_voxel_size else spacing
+    field = fit_field(signal, brain, steps, protocol.echo_times, protocol.field_strength)
     local, inside = remove_background(field, brain, spacing)
     invert = tikhonov if protocol.inversion == "tikhonov" else thresholded_division
     chi = invert(local, inside, spacing, field_direction(affine))
