@@ -1,4 +1,4 @@
-"""``fdl``: simulate, list and check models, segment single files."""
+"""``fdl``: simulate, train, evaluate, list and check models, segment single files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fdl_bidsapp import __version__
+from fdl_bidsapp.cli.train import add_commands
 from fdl_bidsapp.errors import FdlError, OutputError, UsageError
 from fdl_bidsapp.settings import CONTRASTS, DEVICES
 
@@ -41,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all sub-commands."""
     parser = _Parser(
         prog="fdl",
-        description="Simulate multi-echo GRE datasets, look at models, segment single images.",
+        description="Simulate multi-echo GRE datasets, train, measure and look at models, segment"
+        " single images.",
     )
     parser.add_argument("--version", action="version", version=f"fdl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -57,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     simulate.set_defaults(command=_simulate)
 
+    add_commands(commands)
+
     models = commands.add_parser("models", help="list, show and check models")
     actions = models.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="the models that come with the package")
@@ -65,14 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("model", nargs="?", default="default", metavar="NAME|FILE")
     show.set_defaults(command=_show_model)
     check = actions.add_parser("check", help="verify models against their hash")
-    check.add_argument("models", nargs="*", metavar="NAME|FILE", help="default: all that come along")
+    check.add_argument("models", nargs="*", metavar="NAME|FILE", help="default: the shipped ones")
     check.set_defaults(command=_check_models)
 
     segment = commands.add_parser(
         "segment", help="segment images that are in no BIDS dataset, one label map each"
     )
     segment.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="NIfTI files")
-    segment.add_argument("--contrast", choices=CONTRASTS, default="qsm", help="default: qsm")
+    segment.add_argument("--contrast", choices=CONTRASTS, help="default: the model's first")
     segment.add_argument("--model", default="default", metavar="NAME|FILE", help="default: default")
     segment.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
     segment.add_argument("--flips", action="store_true", help="average over left-right flips")
@@ -171,11 +175,12 @@ def _segment(options: argparse.Namespace) -> int:
     device = resolve_device(options.device)
     print(f"model {bundle.spec.name} {bundle.sha256[:12]}, on {device.type}", file=sys.stderr)
     network = bundle.network(device)
+    contrast = options.contrast or bundle.spec.contrasts[0]
     code = 0
     for path in options.images:
-        source = Source(options.contrast, (path,), "map")
+        source = Source(contrast, (path,), "map")
         try:
-            images = read_scan(Scan((), (source,)), options.contrast, bundle.spec.contrasts)
+            images = read_scan(Scan((), (source,)), contrast, bundle.spec.contrasts)
             probabilities, affine = segment_canvas(
                 to_canvas(images, bundle.spec), bundle, network, device, flips=options.flips
             )

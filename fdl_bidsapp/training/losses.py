@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +21,7 @@ def soft_dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tens
 
     Examples
     --------
+    >>> import torch
     >>> target = torch.ones(1, 4, 4, 4, dtype=torch.long)
     >>> logits = torch.zeros(1, 2, 4, 4, 4)
     >>> logits[:, 1] = 50

@@ -1,0 +1,217 @@
+"""Batches from labelled cases that stay decoded in memory, on the device that trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fdl_bidsapp.imaging.intensity import limits
+from fdl_bidsapp.labels import Label, mirrored
+from fdl_bidsapp.models.fdl import ModelSpec
+from fdl_bidsapp.models.fourier import low_part
+from fdl_bidsapp.models.inference import autocast_dtype, other_low_parts
+from fdl_bidsapp.training.augment import random_warp, vary_intensity, warp
+from fdl_bidsapp.training.cases import Case
+
+Bank = Mapping[str, Sequence[Tensor]]
+
+BLOCK_MARGIN = 0.15
+"""Of the window's length: what a warp may fetch from beyond the window's faces."""
+
+
+def may_flip(labels: tuple[Label, ...]) -> bool:
+    """Tell whether a mirrored case is a valid case: every sided structure has its partner.
+
+    Examples
+    --------
+    >>> from fdl_bidsapp.labels import by_abbreviation
+    >>> may_flip(by_abbreviation(["RNL", "RNR"])), may_flip(by_abbreviation(["RNL"]))
+    (True, False)
+    """
+    partners = mirrored(labels)
+    return all(
+        label.hemisphere not in ("L", "R") or partner != i
+        for i, (label, partner) in enumerate(zip(labels, partners, strict=True))
+    )
+
+
+class CaseBatches:
+    """Draws batches from cases.
+
+    Parameters
+    ----------
+    cases
+        All with at least one of the model's targets.
+    spec
+        The model: grid, targets, normalisation, labels.
+    bank
+        Low parts that stand in for contrasts that a case lacks; multimodal fusion only.
+    device
+        Where to keep the cases.
+    batch
+        Cases in a step.
+    augment
+        Strength of the variation; 0 for none.
+    seed
+        All batches follow from it.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        spec: ModelSpec,
+        bank: Bank,
+        device: torch.device,
+        *,
+        batch: int = 1,
+        augment: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.spec = spec
+        self.bank = bank
+        self.device = device
+        self.batch = batch
+        self.augment = augment
+        self.seed = seed
+        self.flips = may_flip(spec.labels)
+        self.swap = torch.tensor([0, *(p + 1 for p in mirrored(spec.labels))], device=device)
+        self.cases = [_Resident(case, spec, device) for case in cases]
+
+    def draw(self, step: int, progress: float = 0.0) -> tuple[Tensor, ...]:
+        """Return a step's batch, as :func:`fdl_bidsapp.training.loop.train` takes it.
+
+        All cases are drawn once before any is drawn again.
+        """
+        n = len(self.cases)
+        samples = []
+        for i in range(step * self.batch, (step + 1) * self.batch):
+            epoch, place = divmod(i, n)
+            order = np.random.default_rng([self.seed, 1, epoch]).permutation(n)
+            rng = np.random.default_rng([self.seed, 2, i])
+            samples.append(self._sample(self.cases[int(order[place])], rng))
+        image, classes, *others = (torch.cat(parts) for parts in zip(*samples, strict=True))
+        return image, classes, *others
+
+    def _sample(self, case: _Resident, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        targets = [contrast for contrast in self.spec.contrasts if contrast in case.names]
+        target = targets[int(rng.integers(len(targets)))]
+        images, classes = case.window(rng if self.augment else None, self.augment)
+        if self.augment and self.flips and rng.random() < 0.5:
+            images, classes = images.flip(2), self.swap[classes.flip(1)]
+        volumes = {}
+        for i, contrast in enumerate(case.names):
+            volumes[contrast] = images[:, i : i + 1]
+            if self.augment:
+                volumes[contrast] = vary_intensity(volumes[contrast], rng, self.augment)
+        return volumes[target], classes, *self._others(volumes, target)
+
+    def _others(self, volumes: Mapping[str, Tensor], target: str) -> list[Tensor]:
+        if self.spec.method != "multimodal":
+            return []
+        return other_low_parts(self.spec, volumes, target, self.bank)
+
+    @torch.inference_mode()
+    def mean_dice(self, network: nn.Module, mixed_precision: bool = True) -> float:
+        """Return a network's mean Dice over cases and structures, on the unvaried windows.
+
+        A structure absent from a window takes no part; on the first target of each case.
+        """
+        dtype = autocast_dtype(self.device) if mixed_precision else None
+        values = []
+        for case in self.cases:
+            images, classes = case.window(None, 0.0)
+            target = next(c for c in self.spec.contrasts if c in case.names)
+            image = images[:, [case.names.index(target)]]
+            with torch.autocast(
+                self.device.type, dtype or torch.bfloat16, enabled=dtype is not None
+            ):
+                found = network(image)[0].argmax(1)
+            n = len(self.spec.labels) + 1
+            sizes = torch.bincount(classes.flatten(), minlength=n) + torch.bincount(
+                found.flatten(), minlength=n
+            )
+            both = torch.bincount(classes[found == classes].flatten(), minlength=n)
+            values.append((2 * both / sizes)[1:])
+        return float(torch.cat(values).nanmean())
+
+
+class _Resident:
+    """A case on the device, cut to the windows that hold its structures."""
+
+    def __init__(self, case: Case, spec: ModelSpec, device: torch.device) -> None:
+        self.shape = spec.grid_shape
+        self.n_classes = len(spec.labels) + 1
+        self.names = [contrast for contrast in case.maps if contrast in spec.intensity]
+        inside = np.argwhere(case.classes > 0)
+        canvas = case.classes.shape
+        self.starts: list[tuple[int, int]] = []
+        block = []
+        self.first: list[int] = []
+        for axis, length in enumerate(self.shape):
+            last = canvas[axis] - length
+            low, high = 0, last
+            if len(inside):
+                # Every structure in the window, where it is large enough for that.
+                low = max(int(inside[:, axis].max()) + 1 - length, 0)
+                high = min(int(inside[:, axis].min()), last)
+                low, high = min(low, high), max(low, high)
+            margin = math.ceil(BLOCK_MARGIN * length)
+            begin = max(low - margin, 0)
+            block.append(slice(begin, min(high + length + margin, canvas[axis])))
+            self.first.append(min(max(case.start[axis], low), high) - begin)
+            self.starts.append((low - begin, high - begin))
+        where = tuple(block)
+        window = tuple(
+            slice(side.start + first, side.start + first + length)
+            for side, first, length in zip(block, self.first, self.shape, strict=True)
+        )
+        images = np.empty((1, len(self.names), *case.classes[where].shape), np.float32)
+        for i, name in enumerate(self.names):
+            low_end, high_end = limits(case.maps[name][window], spec.intensity[name])
+            scaled = (case.maps[name][where] - low_end) / max(high_end - low_end, 1e-12)
+            images[0, i] = np.clip(scaled, 0, 1)
+        self.images = torch.from_numpy(images).to(device)
+        self.classes = torch.from_numpy(np.ascontiguousarray(case.classes[where])).to(device)[None]
+
+    def window(self, rng: np.random.Generator | None, strength: float) -> tuple[Tensor, Tensor]:
+        """Cut a window, varied where a source of randomness is given."""
+        if rng is None:
+            x, y, z = (slice(s, s + n) for s, n in zip(self.first, self.shape, strict=True))
+            return self.images[..., x, y, z], self.classes[..., x, y, z].long()
+        i, j, k = (float(rng.integers(low, high + 1)) for low, high in self.starts)
+        a, b, c = self.classes.shape[1:]
+        grid = random_warp(rng, self.shape, (i, j, k), (a, b, c), strength, self.images.device)
+        return warp(self.images, self.classes, self.n_classes, grid)
+
+
+def make_bank(cases: Sequence[Case], spec: ModelSpec, modalities: Sequence[str]) -> dict[str, list]:
+    """Take each contrast's low part from the first case that has it.
+
+    Parameters
+    ----------
+    cases
+        Training cases.
+    spec
+        A multimodal model.
+    modalities
+        Contrasts beside the targets.
+
+    Returns
+    -------
+    contrast → [(n1, n2, n3) tensor]
+        Contrasts that no case has are left out.
+    """
+    bank: dict[str, list[Tensor]] = {}
+    for case in cases:
+        missing = [c for c in (*spec.contrasts, *modalities) if c in case.maps and c not in bank]
+        if missing:
+            resident = _Resident(case, spec, torch.device("cpu"))
+            images, _ = resident.window(None, 0.0)
+            for contrast in missing:
+                volume = images[0, resident.names.index(contrast)]
+                bank[contrast] = [low_part(volume, spec.theta, spec.spectrum)]
+    return bank
