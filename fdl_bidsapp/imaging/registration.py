@@ -37,8 +37,8 @@ TEMPLATE = "MNI152NLin2009aSym"
 UPPER_HEAD_MM = 120.0
 """From the vertex down to where heads and brains are still much alike; the neck is not."""
 
-MASK_RIM_MM = 5.0
-"""Around the template's brain: enough for its edge to count, too little to meet the scalp."""
+AFFINE_LEVELS_MM = (6.0, 4.0, 2.0, 1.0)
+"""Resolutions of the affine stage."""
 
 COARSE_MM = 2.0
 """Spacing at which bias field and brain are found; both are large."""
@@ -202,7 +202,9 @@ def register_to_template(
     -----
     The template has no scalp and would be laid over that of a whole head, so a scan without
     negative values is corrected for its bias field (N4 [2]_) and roughly stripped first. The two
-    brains start with the centroids of their upper 120 mm on each other.
+    brains start with the centroids of their upper 120 mm on each other. The affine stage sees the
+    brains' outlines; SyN is measured within the template's brain alone, so that an outline stripped
+    too tightly or too widely does not bend what lies inside.
 
     ANTs is given the seed and one thread, which makes runs on one machine the same. ITK reads the
     number of threads once: a process that used ANTs before with more threads keeps them, and then
@@ -218,23 +220,32 @@ def register_to_template(
     ants.config.set_ants_deterministic(True, seed)
 
     scan = _prepared(moving, template)
-    outside = np.asarray(template.dataobj) <= 0
-    near = _depth(outside, template.affine) <= MASK_RIM_MM
-    mask = nib.Nifti1Image(near.astype(np.float32), template.affine)
+    brain = (np.asarray(template.dataobj) > 0).astype(np.float32)
     shift = _upper_centroid(scan) - _upper_centroid(template)
     start = folder / "start.mat"
     translation = ants.create_ants_transform(
         transform_type="Euler3DTransform", dimension=3, translation=LPS @ shift
     )
     ants.write_transform(translation, str(start))
+    fixed, floating = to_ants(template), to_ants(scan)
+    levels = tuple(max(round(mm / spacing_of(template.affine).min()), 1) for mm in AFFINE_LEVELS_MM)
     try:
-        result = ants.registration(
-            fixed=to_ants(template),
-            moving=to_ants(scan),
-            type_of_transform="SyN",
+        affine = ants.registration(
+            fixed=fixed,
+            moving=floating,
+            type_of_transform="Affine",
             initial_transform=str(start),
+            outprefix=str(folder / "affine_"),
+            aff_shrink_factors=levels,
+            aff_smoothing_sigmas=tuple(level / 2 if level > 1 else 0 for level in levels),
+        )
+        result = ants.registration(
+            fixed=fixed,
+            moving=floating,
+            type_of_transform="SyNOnly",
+            initial_transform=affine["fwdtransforms"][0],
             outprefix=str(folder / "scan-to-template_"),
-            mask=to_ants(mask),
+            mask=to_ants(nib.Nifti1Image(brain, template.affine)),
             mask_all_stages=True,
             write_composite_transform=True,
         )
