@@ -88,7 +88,9 @@ class Canvas:
     box
         (3, 2) ints: start and stop of the field of view on the canvas.
     starts
-        (W, 3) ints: corners of the model's windows, the most promising first.
+        (W, 3) ints: corners of the model's windows on the head, the most promising first.
+    reserve
+        (V, 3) ints: corners of further windows, with which all of the field of view is covered.
     """
 
     target: str
@@ -96,6 +98,7 @@ class Canvas:
     affine: Array
     box: Array
     starts: Array
+    reserve: Array
 
 
 @dataclass(frozen=True)
@@ -307,8 +310,18 @@ def to_canvas(images: ScanImages, spec: ModelSpec) -> Canvas:
     if outlined is None:
         outlined = conform(native[outline], shape, affine)
     starts = windows(foreground(outlined), box, grid)
+    everything = np.zeros(shape, bool)
+    everything[box] = True
+    reserve = [start for start in windows(everything, box, grid) if start not in starts]
     bounds = np.array([(side.start, side.stop) for side in box])
-    return Canvas(images.target, maps, affine, bounds, np.array(starts))
+    return Canvas(
+        images.target,
+        maps,
+        affine,
+        bounds,
+        np.array(starts),
+        np.array(reserve, int).reshape(-1, 3),
+    )
 
 
 def segment_canvas(
@@ -322,7 +335,8 @@ def segment_canvas(
     """Run the network on a canvas.
 
     The first window is enough where it holds every structure with room to spare. Where it does
-    not, all windows are run and blended.
+    not, all windows on the head are run and blended; where a structure is missing even then, the
+    head may have been taken for something else, and the rest of the field of view is searched too.
 
     Parameters
     ----------
@@ -344,7 +358,10 @@ def segment_canvas(
     spec = bundle.spec
     grid = Grid(spec.grid_shape, spec.grid_spacing)
     box = tuple(slice(int(a), int(b)) for a, b in canvas.box)
-    starts = [(int(i), int(j), int(k)) for i, j, k in canvas.starts]
+    starts, reserve = (
+        [(int(i), int(j), int(k)) for i, j, k in corners]
+        for corners in (canvas.starts, canvas.reserve)
+    )
 
     def run(start: tuple[int, int, int]) -> Array:
         place = tuple(slice(s, s + n) for s, n in zip(start, grid.shape, strict=True))
@@ -359,18 +376,21 @@ def segment_canvas(
         return predict(network, spec, cut, canvas.target, device, flips=flips, bank=bundle.bank)
 
     first = run(starts[0])
-    found = first > 0.5
-    if len(starts) == 1 or complete(found, starts[0], box, grid):  # type: ignore[arg-type]
+    alone = not reserve and len(starts) == 1
+    if alone or complete(first > 0.5, starts[0], box, grid):  # type: ignore[arg-type]
         affine = canvas.affine.copy()
         affine[:3, 3] = (canvas.affine @ [*starts[0], 1])[:3]
         return crop_to(first, affine)
 
-    def all_windows() -> Iterator[Array]:
+    def each(corners: Sequence[tuple[int, int, int]]) -> Iterator[Array]:
         yield first
-        yield from (run(start) for start in starts[1:])
+        yield from (run(start) for start in corners[1:])
 
-    shape = next(iter(canvas.maps.values())).shape
-    return crop_to(blend(all_windows(), starts, shape), canvas.affine)
+    shape = canvas.maps[canvas.target].shape
+    blended = blend(each(starts), starts, shape)
+    if reserve and not (blended > 0.5).any(axis=(1, 2, 3)).all():
+        blended = blend(each(starts + reserve), starts + reserve, shape)
+    return crop_to(blended, canvas.affine)
 
 
 def to_native(
@@ -467,6 +487,7 @@ def save_canvas(path: str, canvas: Canvas) -> None:
         affine=canvas.affine,
         box=canvas.box,
         starts=canvas.starts,
+        reserve=canvas.reserve,
         **arrays,
     )
 
@@ -475,7 +496,12 @@ def load_canvas(path: str) -> Canvas:
     """Read what :func:`save_canvas` kept."""
     with np.load(path, allow_pickle=False) as file:
         return Canvas(
-            str(file["target"]), _maps(file), file["affine"], file["box"], file["starts"]
+            str(file["target"]),
+            _maps(file),
+            file["affine"],
+            file["box"],
+            file["starts"],
+            file["reserve"],
         )
 
 
