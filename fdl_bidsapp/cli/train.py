@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +57,20 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
     evaluate.set_defaults(command=_evaluate)
 
+    experiment = commands.add_parser(
+        "experiment",
+        help="train and measure a grid of settings",
+        description="Train and measure every point of a grid of settings. The same command goes on"
+        " with what is not done.",
+    )
+    experiment.add_argument("config", type=Path, metavar="CONFIG.toml")
+    experiment.add_argument("--output", type=Path, required=True, metavar="DIR")
+    _add_data(experiment)
+    experiment.add_argument("--jobs", type=int, default=1, metavar="N", help="default: 1")
+    experiment.add_argument("--published", type=Path, metavar="TSV", help="published values")
+    experiment.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
+    experiment.set_defaults(command=_experiment)
+
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("labelled scans, from a table or from BIDS datasets")
@@ -68,12 +84,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from fdl_bidsapp.training.fit import fit, make_settings, read_toml
 
-    values = read_toml(options.config) if options.config else {}
-    values.update(_given(options))
-    if options.table:
-        values.update(bids_dir="", labels_dir="")
-    elif options.bids_dir:
-        values.update(table="")
+    values = {**(read_toml(options.config) if options.config else {}), **_given(options)}
     if options.steps is not None:
         values["recipe_options"] = {**values.get("recipe_options", {}), "steps": options.steps}
     if options.max_minutes <= 0:
@@ -90,17 +101,20 @@ def _train(options: argparse.Namespace) -> int:
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that were given, as settings."""
-    paths = ("table", "bids_dir", "labels_dir", "labels")
-    plain = ("name", "structures", "targets", "modalities", "method", "backbone", "spectrum")
-    numbers = ("theta", "recipe", "n_train", "seed")
-    values = {key: getattr(options, key) for key in (*paths, *plain, *numbers)}
-    if options.derivatives:
-        values["derivatives"] = [str(path) for path in options.derivatives]
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in values.items()
-        if value is not None
-    }
+    from fdl_bidsapp.training.fit import TrainingSettings
+
+    values: dict[str, Any] = {}
+    for item in fields(TrainingSettings):
+        value = getattr(options, item.name, None)
+        if isinstance(value, list):
+            values[item.name] = [str(one) for one in value]
+        elif value is not None:
+            values[item.name] = str(value) if isinstance(value, Path) else value
+    if options.table:
+        values.update(bids_dir="", labels_dir="")
+    elif options.bids_dir:
+        values.update(table="")
+    return values
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -145,6 +159,23 @@ def _evaluate(options: argparse.Namespace) -> int:
                 f" [{row['lower']:.4f}, {row['upper']:.4f}]\t{row['n_cases']} cases of"
                 f" {row['n_participants']} participants"
             )
+    return 0
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    from fdl_bidsapp.training.experiment import make_experiment, run_experiment
+    from fdl_bidsapp.training.fit import read_toml
+
+    values = {**read_toml(options.config), **_given(options)}
+    for path in run_experiment(
+        make_experiment(values),
+        options.output,
+        jobs=options.jobs,
+        device=options.device,
+        published=options.published,
+        progress=lambda line: print(line, file=sys.stderr),
+    ):
+        print(path)
     return 0
 
 

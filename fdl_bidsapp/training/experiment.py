@@ -1,0 +1,445 @@
+"""A grid of trainings from one file, each measured, and all of them in one table and one figure."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from fdl_bidsapp.bids.outputs import write_json, write_tsv
+from fdl_bidsapp.errors import DataError, FdlError, InputMissingError, UsageError
+from fdl_bidsapp.imaging.overlap import METRICS
+from fdl_bidsapp.training.bootstrap import bootstrap_mean
+from fdl_bidsapp.training.cases import SPLITS, in_split
+from fdl_bidsapp.training.evaluate import CASE_COLUMNS, MEAN, evaluate
+from fdl_bidsapp.training.fit import PATHS, fit, labelled_scans, make_settings
+
+Row = dict[str, Any]
+
+PUBLISHED_METRICS = {
+    "dice_percent": ("dice", 0.01),
+    "dice": ("dice", 1.0),
+    "precision": ("precision", 1.0),
+    "recall": ("recall", 1.0),
+    "mver": ("volume_error", 1.0),
+    "maver": ("absolute_volume_error", 1.0),
+    "pearson_r": ("pearson_r", 1.0),
+    "hd95": ("hd95", 1.0),
+}
+"""Measures of the table of published values: ours, and the factor to its unit."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a grid.
+
+    Attributes
+    ----------
+    name
+        Its folder, from the grid's values.
+    point
+        Its place in the grid.
+    values
+        All of its settings.
+    """
+
+    name: str
+    point: dict[str, Any]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to train and how to measure it.
+
+    Attributes
+    ----------
+    runs
+        The grid's points in order.
+    axes
+        Names of the settings that vary.
+    split
+        What to measure on.
+    flips
+        Whether to average over mirrored input when measuring.
+    published
+        Which published values to show beside: ``task``, ``paper``, and ``n_train`` with the
+        published number for each of ours that differs.
+    """
+
+    runs: tuple[Run, ...]
+    axes: tuple[str, ...]
+    split: str = "test"
+    flips: bool = False
+    published: Mapping[str, Any] | None = None
+
+
+def make_experiment(values: Mapping[str, Any]) -> Experiment:
+    """Make an experiment from the values of a TOML file.
+
+    Parameters
+    ----------
+    values
+        Settings as for a training; the table ``grid``, with a list of values for each setting that
+        varies; ``measure`` with ``split`` and ``flips``; ``published``, see :class:`Experiment`.
+
+    Raises
+    ------
+    UsageError
+        There is no grid, or a point of it has settings that make no sense.
+
+    Examples
+    --------
+    >>> experiment = make_experiment(
+    ...     {"table": "cases.tsv", "grid": {"method": ["none", "late"], "seed": [0, 1]}}
+    ... )
+    >>> [run.name for run in experiment.runs][:2]
+    ['method=none,seed=0', 'method=none,seed=1']
+    """
+    base = {k: v for k, v in values.items() if k not in ("grid", "measure", "published")}
+    grid, measure = values.get("grid"), values.get("measure", {})
+    if (
+        not isinstance(grid, Mapping)
+        or not grid
+        or not all(isinstance(choices, list) and choices for choices in grid.values())
+    ):
+        raise UsageError(
+            "the experiment has no grid", "add a table [grid] with a list for each setting"
+        )
+    if not isinstance(measure, Mapping) or not set(measure) <= {"split", "flips"}:
+        raise UsageError("the table measure has other entries", "it takes split and flips")
+    if measure.get("split", "test") not in SPLITS:
+        raise UsageError(
+            f"there is no split {measure['split']!r}", f"choose one of {', '.join(SPLITS)}"
+        )
+    runs = []
+    for choice in itertools.product(*grid.values()):
+        point = dict(zip(grid, choice, strict=True))
+        name = ",".join(f"{key}={_plain(value)}" for key, value in point.items())
+        settings = {**base, **point, "name": name}
+        make_settings(settings)
+        runs.append(Run(name, point, settings))
+    return Experiment(
+        tuple(runs),
+        tuple(grid),
+        measure.get("split", "test"),
+        bool(measure.get("flips", False)),
+        values.get("published"),
+    )
+
+
+def run_experiment(
+    experiment: Experiment,
+    output: Path,
+    *,
+    jobs: int = 1,
+    device: str = "auto",
+    published: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Path]:
+    """Do the runs that are not done, and gather all.
+
+    Parameters
+    ----------
+    experiment
+        From :func:`make_experiment`.
+    output
+        Gets a folder ``runs`` with one folder each, ``cases.tsv`` with every run and case,
+        ``results.tsv`` with means over cases and seeds, and ``dice.png``.
+    jobs
+        Runs at a time, each in a process of its own.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    published
+        Table of published values.
+    progress
+        Called with a line for each run that is done.
+
+    Returns
+    -------
+    list of Path
+        The tables and the figure.
+
+    Raises
+    ------
+    FdlError
+        The first run's that failed, after all others are done; or a finished run is of other
+        settings.
+    """
+    for run in experiment.runs:
+        _is_done(run, experiment, output)
+    waiting = [run for run in experiment.runs if not _is_done(run, experiment, output)]
+    if len(waiting) < len(experiment.runs):
+        progress(f"{len(experiment.runs) - len(waiting)} of {len(experiment.runs)} runs were done")
+    errors: list[FdlError] = []
+    for run, error in _each(waiting, experiment, output, jobs, device):
+        progress(f"{run.name}: {'done' if error is None else error}")
+        if error is not None:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    cases = gather(experiment, output)
+    results = aggregate(cases, experiment.axes)
+    if published is not None:
+        add_published(results, published, experiment.published or {})
+    write_tsv(output / "cases.tsv", cases, (*experiment.axes, *CASE_COLUMNS))
+    columns = (*_group_axes(experiment.axes), *RESULT_COLUMNS)
+    if published is not None:
+        columns = (*columns, *PUBLISHED_COLUMNS)
+    write_tsv(output / "results.tsv", results, columns)
+    draw_figure(results, _group_axes(experiment.axes), output / "dice.png")
+    return [output / name for name in ("cases.tsv", "results.tsv", "dice.png")]
+
+
+RESULT_COLUMNS = (
+    "structure",
+    "metric",
+    "n_seeds",
+    "n_cases",
+    "n_participants",
+    "mean",
+    "lower",
+    "upper",
+    "sem",
+    "seed_sd",
+)
+PUBLISHED_COLUMNS = ("published_n_train", "published", "published_lower", "published_upper")
+
+
+def gather(experiment: Experiment, output: Path) -> list[Row]:
+    """Read the measured cases of all runs, each with its place in the grid."""
+    rows: list[Row] = []
+    for run in experiment.runs:
+        point = {key: _plain(value) for key, value in run.point.items()}
+        rows += [{**point, **row} for row in read_cases(_folder(run, output) / "cases.tsv")]
+    return rows
+
+
+def read_cases(path: Path) -> list[Row]:
+    """Read a ``cases.tsv``, with its numbers as numbers and NaN for ``n/a``."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            {
+                key: value
+                if key in ("model", "id", "participant", "structure")
+                else math.nan
+                if value == "n/a"
+                else float(value)
+                for key, value in row.items()
+            }
+            for row in csv.DictReader(file, delimiter="\t")
+        ]
+
+
+def aggregate(cases: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[Row]:
+    """Average over seeds within each case, then over cases with an interval over participants.
+
+    Parameters
+    ----------
+    cases
+        From :func:`gather`.
+    axes
+        Settings that vary; ``seed`` is averaged over.
+
+    Returns
+    -------
+    list of rows
+        One for each point of the grid (seeds together), structure and measure.
+    """
+    group_axes = _group_axes(axes)
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in cases:
+        key = (*(str(row[axis]) for axis in group_axes), row["structure"])
+        groups.setdefault(key, []).append(row)
+    results = []
+    for key, group in groups.items():
+        for metric in METRICS:
+            by_case: dict[tuple[str, str], list[float]] = {}
+            by_seed: dict[str, list[float]] = {}
+            for row in group:
+                if not math.isnan(row[metric]):
+                    by_case.setdefault((row["id"], row["participant"]), []).append(row[metric])
+                    by_seed.setdefault(str(row.get("seed", "")), []).append(row[metric])
+            estimate = bootstrap_mean(
+                [statistics.fmean(values) for values in by_case.values()],
+                [participant for _, participant in by_case],
+            )
+            means = [statistics.fmean(values) for values in by_seed.values()]
+            results.append(
+                {
+                    **dict(zip((*group_axes, "structure"), key, strict=True)),
+                    "metric": metric,
+                    "n_seeds": len({str(row.get("seed", "")) for row in group}),
+                    "seed_sd": statistics.stdev(means) if len(means) > 1 else math.nan,
+                    **vars(estimate),
+                }
+            )
+    return results
+
+
+def add_published(results: Sequence[Row], table: Path, chosen: Mapping[str, Any]) -> None:
+    """Put the published value beside each result of the same method and number of cases.
+
+    Parameters
+    ----------
+    results
+        From :func:`aggregate`; changed.
+    table
+        With the columns ``paper``, ``task``, ``n_train``, ``method``, ``metric``, ``value``,
+        ``lower`` and ``upper``.
+    chosen
+        See :class:`Experiment`.
+
+    Raises
+    ------
+    InputMissingError, DataError
+        No such table, or not such a table.
+    """
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        found = {
+            (row["method"], row["n_train"], PUBLISHED_METRICS[row["metric"]][0]): row
+            for row in rows
+            if row["task"] == chosen.get("task")
+            and row["paper"] == chosen.get("paper", row["paper"])
+            and row["metric"] in PUBLISHED_METRICS
+        }
+    except FileNotFoundError as error:
+        raise InputMissingError("there is no such table", "check the path", path=table) from error
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(
+            "this is no table of published values", "give its columns as documented", path=table
+        ) from error
+    renamed = chosen.get("n_train", {})
+    for result in results:
+        n = str(renamed.get(str(result.get("n_train")), result.get("n_train")))
+        row = found.get((str(result.get("method")), n, result["metric"]))
+        if row is None or result["structure"] != MEAN:
+            continue
+        factor = PUBLISHED_METRICS[row["metric"]][1]
+        result["published_n_train"] = n
+        for ours, theirs in zip(PUBLISHED_COLUMNS[1:], ("value", "lower", "upper"), strict=True):
+            result[ours] = float(row[theirs]) * factor if row[theirs] else None
+
+
+def draw_figure(results: Sequence[Mapping[str, Any]], axes: Sequence[str], path: Path) -> None:
+    """Draw the mean Dice over the number of training cases, with intervals."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in results:
+        if row["metric"] == "dice" and row["structure"] == MEAN:
+            name = ", ".join(row[axis] for axis in axes if axis != "n_train")
+            lines.setdefault(name or "model", []).append(row)
+    fig, plot = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for i, (name, rows) in enumerate(lines.items()):
+        rows = sorted(rows, key=lambda row: float(row.get("n_train", 0)))
+        n = [float(row.get("n_train", 0)) * 1.03**i for row in rows]
+        mean = [row["mean"] for row in rows]
+        below = [row["mean"] - row["lower"] for row in rows]
+        above = [row["upper"] - row["mean"] for row in rows]
+        colour = f"C{i % 10}"
+        plot.errorbar(n, mean, [below, above], marker="o", capsize=3, color=colour, label=name)
+        known = [
+            (x, row["published"])
+            for x, row in zip(n, rows, strict=True)
+            if row.get("published") is not None
+        ]
+        if known:
+            x, y = zip(*known, strict=True)
+            plot.plot(x, y, marker="x", linestyle=":", color=colour, label=f"{name} (published)")
+    if "n_train" in axes:
+        plot.set_xscale("log")
+    plot.set_xlabel("training cases")
+    plot.set_ylabel("Dice")
+    plot.legend(fontsize="small")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def _each(
+    waiting: Sequence[Run], experiment: Experiment, output: Path, jobs: int, device: str
+) -> Iterator[tuple[Run, FdlError | None]]:
+    if jobs <= 1:
+        for run in waiting:
+            yield run, _do(run, experiment, output, device, None)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures: dict[Future[FdlError | None], Run] = {
+            pool.submit(_do, run, experiment, output, device, threads): run for run in waiting
+        }
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def _do(
+    run: Run, experiment: Experiment, output: Path, device: str, threads: int | None
+) -> FdlError | None:
+    """Train and measure; an error is returned, so that the other runs go on."""
+    import torch
+
+    from fdl_bidsapp.models.bundle import load_bundle
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = _folder(run, output)
+    try:
+        settings = make_settings(run.values)
+        scans = in_split(
+            labelled_scans(settings), experiment.split, Path(settings.table or settings.bids_dir)
+        )
+        model = fit(settings, folder / "model.safetensors", device=device)
+        rows = evaluate(load_bundle(model), scans, device=device, flips=experiment.flips)
+        write_json(folder / "settings.json", _recorded(run, experiment))
+        write_tsv(folder / "cases.tsv", rows, CASE_COLUMNS)
+    except FdlError as error:
+        return error
+    return None
+
+
+def _is_done(run: Run, experiment: Experiment, output: Path) -> bool:
+    folder = _folder(run, output)
+    if not (folder / "cases.tsv").is_file():
+        return False
+    recorded = json.loads((folder / "settings.json").read_text("utf-8"))
+    if recorded != _recorded(run, experiment):
+        raise DataError(
+            "this run was done with other settings",
+            "choose another output, or remove its folder to do it again",
+            path=folder,
+        )
+    return True
+
+
+def _recorded(run: Run, experiment: Experiment) -> dict[str, Any]:
+    settings = {key: value for key, value in run.values.items() if key not in PATHS}
+    content = {"settings": settings, "split": experiment.split, "flips": experiment.flips}
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
+
+
+def _folder(run: Run, output: Path) -> Path:
+    return output / "runs" / run.name
+
+
+def _group_axes(axes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if axis != "seed")
+
+
+def _plain(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-")
