@@ -14,7 +14,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -131,7 +131,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise _write_error(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where it could not even be made, unlinking has nothing to add.
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -10,15 +10,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from traceback import format_exc
 from typing import TYPE_CHECKING
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.cli.parser import parse
-from fdl_bidsapp.errors import FdlError, OutputError, StorageError
+from fdl_bidsapp.cli.trouble import explain
+from fdl_bidsapp.errors import FdlError, OutputError
 from fdl_bidsapp.settings import Settings, read_bids_filters
 
 if TYPE_CHECKING:
@@ -49,42 +49,20 @@ def run(argv: Sequence[str] | None = None) -> int:
         settings = parse(argv)
         level = {"participant": run_participant, "group": run_group}[settings.analysis_level]
         return level(settings)
-    except FdlError as error:
-        print(f"fdl-bidsapp: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"fdl-bidsapp: {_storage_error(error)}", file=sys.stderr)
-        return StorageError.exit_code
     except KeyboardInterrupt:
         print("fdl-bidsapp: stopped; run it again to go on", file=sys.stderr)
         return 130
     except Exception as error:
-        print(f"fdl-bidsapp: {_unforeseen(error, settings)}", file=sys.stderr)
-        return FdlError.exit_code
+        told = explain(error, _log_dir(settings))
+        print(f"fdl-bidsapp: {told}", file=sys.stderr)
+        return told.exit_code
 
 
-def _unforeseen(error: Exception, settings: Settings | None) -> FdlError:
-    """Keep the traceback of an error that nothing is prepared for, and say where."""
-    folder = Path(tempfile.gettempdir())
+def _log_dir(settings: Settings | None) -> Path | None:
+    """Return the folder of logs, once an earlier step has made it: it may be someone else's."""
     if settings and (settings.output_dir / "logs" / "CITATION.md").is_file():
-        # Made by an earlier step of this program, so it is not somebody else's folder.
-        folder = settings.output_dir / "logs"
-    log = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}_crash.log"
-    with suppress(OSError):
-        log.write_text(f"fdl-bidsapp {__version__}: {sys.argv}\n\n{format_exc()}", "utf-8")
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return FdlError(
-        f"an error that should not happen: {text}",
-        f"run it again, finished scans are kept; if it stays, report it with {log}",
-    )
-
-
-def _storage_error(error: OSError) -> StorageError:
-    return StorageError(
-        f"reading or writing failed ({error.strerror or error})",
-        "look after the disk or network share and run again, finished scans are kept",
-        path=error.filename,
-    )
+        return settings.output_dir / "logs"
+    return None
 
 
 def run_group(settings: Settings) -> int:

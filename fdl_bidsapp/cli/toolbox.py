@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.cli.train import add_commands
+from fdl_bidsapp.cli.trouble import explain
 from fdl_bidsapp.errors import FdlError, OutputError, UsageError
 from fdl_bidsapp.settings import CONTRASTS, DEVICES
 
@@ -30,12 +31,13 @@ def run(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(argv)
         code: int = options.command(options)
         return code
-    except FdlError as error:
-        print(f"fdl: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         print("fdl: stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        told = explain(error)
+        print(f"fdl: {told}", file=sys.stderr)
+        return told.exit_code
 
 
 def build_parser() -> argparse.ArgumentParser:
