@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fdl_bidsapp.training.losses import dice_cross_entropy_loss, soft_dice_loss
+from fdl_bidsapp.training.recipes import make_recipe
+
+
+def test_dice_loss_is_that_of_the_formula():
+    probabilities = torch.tensor([0.2, 0.8, 0.6, 0.4])
+    logits = torch.stack([(1 - probabilities).log(), probabilities.log()]).view(1, 2, 4, 1, 1)
+    target = torch.tensor([0, 1, 1, 0]).view(1, 4, 1, 1)
+    expected = 1 - (2 * (0.8 + 0.6) + 1) / (2.0 + 2 + 1)
+    assert float(soft_dice_loss(logits, target)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_absent_structure_costs_nothing_when_it_is_not_predicted():
+    target = torch.zeros(1, 4, 4, 4, dtype=torch.long)
+    logits = torch.zeros(1, 2, 4, 4, 4)
+    logits[:, 0] = 50
+    assert float(soft_dice_loss(logits, target)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_recipe_sums_its_loss_over_the_contrasts():
+    logits, target = torch.randn(1, 3, 4, 4, 4), torch.randint(0, 3, (1, 4, 4, 4))
+    for name, loss in (("paper", soft_dice_loss), ("strong", dice_cross_entropy_loss)):
+        total = make_recipe(name).total_loss([logits, logits], target)
+        assert float(total) == pytest.approx(2 * float(loss(logits, target)), rel=1e-6)
