@@ -1,0 +1,98 @@
+"""Real acquisitions and the layouts of other tools, as they stand beside the repository."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from fdl_bidsapp.models.bundle import shipped_models
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+MEGRE = SHARED / "megre" / "dcm_qa_philips_enh"
+LAYOUTS = SHARED / "bids_layouts"
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.shared,
+    pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data beside the repository"),
+]
+
+
+DEFAULT = pytest.param(
+    "default",
+    marks=pytest.mark.skipif("default" not in shipped_models(), reason="no default model yet"),
+)
+
+
+@pytest.fixture
+def raw_echoes(study):
+    """Give a raw dataset of two real echoes, magnitude and phase, as links to the files."""
+    for echo in (1, 2):
+        for ending, part in (("", "mag"), ("_ph", "phase")):
+            stem = MEGRE / f"2001_WIP_fcMRI_Field_Mapping_cl_e{echo}{ending}"
+            name = f"echo-{echo}_part-{part}_MEGRE"
+            study.path("01", f"{name}.nii.gz").symlink_to(f"{stem}.nii.gz")
+            study.path("01", f"{name}.json").symlink_to(f"{stem}.json")
+    return study
+
+
+@pytest.mark.parametrize("model", ["tiny", DEFAULT])
+def test_real_raw_echoes_go_through_participant_and_group(raw_echoes, make_model, model):
+    study = raw_echoes
+    study.model = model
+    if model == "tiny":
+        path = study.bids.parent / "tiny.safetensors"
+        study.model = make_model(path, grid_shape=(80, 80, 56), grid_spacing=(3.0, 3.0, 3.0))
+    assert study.run("participant", "--save-probabilities") == 0
+    source = nib.load(study.path("01", "echo-1_part-mag_MEGRE.nii.gz"))
+    labels = study.labels("01")
+    assert labels.shape == source.shape == (80, 80, 53)
+    np.testing.assert_allclose(labels.affine, source.affine, atol=1e-4)
+    record = study.record("01")
+    assert record["Target"] == "r2star"
+    assert "R2* fitted to 2 echoes" in " ".join(record["Notes"])
+    assert {row["status"] for row in study.group()} == {"ok"}
+
+
+def test_r2star_of_the_real_head_is_physiological(raw_echoes):
+    from fdl_bidsapp.bids.inputs import find_scans
+    from fdl_bidsapp.imaging.grid import foreground
+    from fdl_bidsapp.pipeline import read_scan
+
+    (scan,) = find_scans(raw_echoes.bids).scans
+    source = scan.get("r2star")
+    assert source is not None
+    sidecar = json.loads(raw_echoes.path("01", "echo-2_part-mag_MEGRE.json").read_text())
+    assert source.echo_times == (0.0023, sidecar["EchoTime"])
+    images = read_scan(scan, "auto", ("r2star",))
+    head = foreground(images.maps["imag"])
+    assert 0.2 < head.mean() < 0.8
+    assert 5 < np.median(images.maps["r2star"][head]) < 100
+
+
+@pytest.mark.parametrize(
+    ("layout", "derivatives", "subject", "status", "cause"),
+    [
+        ("qmri_megre", None, "01", "failed", "the file is empty"),
+        ("qmri_qsm", "derivatives/qMRLab", "01", "failed", "the file is empty"),
+        ("qmri_qsm", None, "01", "missing_input", "no usable contrast"),
+        ("ds000001-fmriprep", None, "10", "missing_input", "no usable contrast"),
+    ],
+)
+def test_layouts_of_empty_images_end_as_clean_failures(
+    study, capsys, layout, derivatives, subject, status, cause
+):
+    study.bids = LAYOUTS / layout
+    options = ("--derivatives", study.bids / derivatives) if derivatives else ()
+    assert study.run("participant", *options) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith(f"  sub-{subject}: ")]
+    assert cause in line
+    assert study.outputs(subject) == [f"sub-{subject}_morph.json"]
+    assert study.record(subject)["Status"] == status
+    assert {row["status"] for row in study.group()} == {status}

@@ -1,0 +1,219 @@
+"""The steps of one scan as plain functions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from fdl_bidsapp.bids.inputs import Scan, Source
+from fdl_bidsapp.errors import AmbiguousInputError, DataError, ImageError, InputMissingError
+from fdl_bidsapp.labels import by_abbreviation
+from fdl_bidsapp.models.bundle import load_bundle
+from fdl_bidsapp.models.fdl import ModelSpec
+from fdl_bidsapp.pipeline import (
+    Canvas,
+    choose_target,
+    load_canvas,
+    load_images,
+    read_scan,
+    save_canvas,
+    save_images,
+    segment_canvas,
+    to_canvas,
+    to_native,
+)
+
+ALL = ("qsm", "r2star", "imag", "swi")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def write(tmp_path, blobs):
+    """Give the writer of a contrast's file."""
+
+    def writer(contrast: str, name: str = "", **grid: object) -> Source:
+        path = tmp_path / (name or f"{contrast}.nii")
+        blobs().image(contrast, **grid).to_filename(path)
+        return Source(contrast, (path,), "map")
+
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("available", "chosen"),
+    [
+        (["swi", "imag", "r2star", "qsm"], "qsm"),
+        (["swi", "imag", "r2star"], "r2star"),
+        (["swi", "imag"], "imag"),
+        (["swi"], "swi"),
+    ],
+)
+def test_the_best_contrast_is_segmented(available, chosen):
+    assert choose_target(available, "auto", ALL) == chosen
+
+
+def test_only_what_the_model_takes_is_segmented():
+    assert choose_target(["qsm", "imag"], "auto", ("imag",)) == "imag"
+    with pytest.raises(InputMissingError, match="no contrast that the model segments"):
+        choose_target(["qsm"], "auto", ("imag",))
+    with pytest.raises(DataError, match="does not segment qsm"):
+        choose_target(["qsm", "imag"], "qsm", ("imag",))
+    with pytest.raises(InputMissingError, match="no imag image; it has qsm"):
+        choose_target(["qsm"], "imag", ALL)
+
+
+def test_a_scan_is_read_onto_the_grid_of_its_target(write):
+    qsm = write("qsm")
+    other = write("r2star", shape=(16, 16, 16), affine=np.diag([2.0, 2, 2, 1]))
+    images = read_scan(Scan((), (other, qsm)), "auto", ALL)
+    assert images.target == "qsm"
+    assert {name: data.shape for name, data in images.maps.items()} == {
+        "qsm": (32, 32, 32),
+        "r2star": (32, 32, 32),
+    }
+    assert all(data.dtype == np.float32 for data in images.maps.values())
+    assert images.notes == ("r2star was resampled to the grid of qsm",)
+    images = read_scan(Scan((), (other, qsm)), "r2star", ALL)
+    assert images.maps["qsm"].shape == (16, 16, 16)
+
+
+def test_a_scan_s_own_error_is_its_error(write):
+    error = AmbiguousInputError("two candidates", "choose")
+    with pytest.raises(AmbiguousInputError):
+        read_scan(Scan((), (write("qsm"),), error=error), "auto", ALL)
+
+
+def test_the_brain_volume_comes_from_the_mask(tmp_path, write):
+    mask = tmp_path / "mask.nii"
+    data = np.zeros((10, 10, 10), np.uint8)
+    data[2:5, 2:5, 2:5] = 1
+    nib.Nifti1Image(data, np.diag([2.0, 1, 1, 1])).to_filename(mask)
+    scan = Scan((), (write("qsm"),), brain_mask=mask)
+    assert read_scan(scan, "auto", ALL).brain_volume == 54
+    mask.write_text("broken")
+    images = read_scan(scan, "auto", ALL)
+    assert images.brain_volume is None
+    assert any("brain volume is not known" in note for note in images.notes)
+
+
+def test_a_target_without_contrast_is_refused_by_name(tmp_path, write):
+    source = write("qsm")
+    data = np.zeros((32, 32, 32), np.float32)
+    data[10:20, 10:20, 10:20] = 1
+    nib.Nifti1Image(data, np.eye(4)).to_filename(source.paths[0])
+    with pytest.raises(ImageError, match="no contrast") as caught:
+        read_scan(Scan((), (source,)), "auto", ALL)
+    assert caught.value.path == str(source.paths[0])
+
+
+def test_images_and_canvas_survive_the_way_through_a_file(tmp_path, write):
+    scan = Scan((), (write("qsm"), write("imag")), notes=("ein Vermerk, µ",))
+    images = read_scan(scan, "auto", ALL)
+    spec = ModelSpec("test", method="multimodal", contrasts=ALL, grid_shape=(20, 20, 20))
+    canvas = to_canvas(images, spec)
+    path = str(tmp_path / "file.npz")
+    save_images(path, images)
+    read = load_images(path)
+    assert (read.target, read.notes, read.brain_volume) == ("qsm", images.notes, None)
+    np.testing.assert_array_equal(read.affine, images.affine)
+    np.testing.assert_equal(read.maps, images.maps)
+    save_images(path, replace(images, brain_volume=12.5))
+    assert load_images(path).brain_volume == 12.5
+    save_canvas(path, canvas)
+    again = load_canvas(path)
+    np.testing.assert_equal(vars(again), vars(canvas))
+    assert len(again.starts) > 0
+
+
+def test_only_multimodal_models_get_all_contrasts(write):
+    images = read_scan(Scan((), (write("qsm"), write("imag"))), "auto", ALL)
+    late = ModelSpec("test", method="late", contrasts=ALL)
+    assert list(to_canvas(images, late).maps) == ["qsm"]
+    multimodal = replace(late, method="multimodal")
+    assert list(to_canvas(images, multimodal).maps) == ["qsm", "imag"]
+
+
+def test_the_windows_together_hold_the_whole_field_of_view(write):
+    images = read_scan(Scan((), (write("qsm", shape=(90, 40, 32)),)), "auto", ALL)
+    spec = ModelSpec("test", contrasts=ALL, grid_shape=(32, 32, 32))
+    canvas = to_canvas(images, spec)
+    seen = np.zeros(canvas.maps["qsm"].shape, bool)
+    for i, j, k in (*canvas.starts, *canvas.reserve):
+        seen[i : i + 32, j : j + 32, k : k + 32] = True
+    assert seen.all()
+    assert not {tuple(start) for start in canvas.starts} & {tuple(s) for s in canvas.reserve}
+
+
+@pytest.fixture
+def windows_run(monkeypatch, blob_model):
+    """Give a function that segments a canvas and tells which windows the network saw."""
+    bundle = load_bundle(blob_model)
+
+    def run(canvas: Canvas) -> tuple[int, np.ndarray]:
+        from fdl_bidsapp.models import inference
+
+        seen = []
+        predict = inference.predict
+
+        def counted(*arguments: object, **options: object) -> np.ndarray:
+            seen.append(1)
+            return predict(*arguments, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(inference, "predict", counted)
+        probabilities, _ = segment_canvas(canvas, bundle, bundle.network(), CPU)
+        monkeypatch.setattr(inference, "predict", predict)
+        return len(seen), probabilities
+
+    return run
+
+
+def canvas_of(data: np.ndarray, starts: list, reserve: list) -> Canvas:
+    bounds = np.array([(0, length) for length in data.shape])
+    corners = np.array(reserve, int).reshape(-1, 3)
+    return Canvas("qsm", {"qsm": data}, np.eye(4), bounds, np.array(starts), corners)
+
+
+def test_one_window_is_enough_where_it_holds_all_with_room(windows_run, blobs):
+    starts = [(0, 0, 0), (16, 0, 0), (32, 0, 0)]
+    inside = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
+    assert windows_run(canvas_of(inside, starts, []))[0] == 1
+    near_the_face = blobs(bright=(5, 16, 16), dark=(26, 16, 16)).data("qsm", (64, 32, 32))
+    assert windows_run(canvas_of(near_the_face, starts, []))[0] == 3
+
+
+def test_the_rest_is_searched_only_where_something_is_missing(windows_run, blobs):
+    starts, reserve = [(0, 0, 0), (8, 0, 0)], [(32, 0, 0)]
+    near = blobs(bright=(8, 16, 16), dark=(26, 16, 16)).data("qsm", (64, 32, 32))
+    seen, probabilities = windows_run(canvas_of(near, starts, reserve))
+    assert seen == 2
+    assert (probabilities > 0.5).any(axis=(1, 2, 3)).all()
+    far = blobs(bright=(8, 16, 16), dark=(52, 16, 16)).data("qsm", (64, 32, 32))
+    seen, probabilities = windows_run(canvas_of(far, starts, reserve))
+    assert seen > 2
+    assert (probabilities > 0.5).any(axis=(1, 2, 3)).all()
+
+
+def test_windows_without_any_contrast_are_left_out(windows_run, blobs):
+    data = np.zeros((64, 32, 32), np.float32)
+    data[32:] = blobs().data()
+    seen, probabilities = windows_run(canvas_of(data, [(0, 0, 0), (32, 0, 0)], []))
+    assert seen == 1
+    assert (probabilities > 0.5).any(axis=(1, 2, 3)).all()
+
+
+def test_labels_of_coinciding_grids_are_the_most_probable_structures():
+    probabilities = np.zeros((2, 8, 9, 10), np.float32)
+    probabilities[0, 2:5, 2:5, 2:5] = 0.9
+    probabilities[1, 5:8, 2:5, 2:5] = 0.6
+    probabilities[1, 0, 8, 9] = 0.7
+    labels = by_abbreviation(["RNR", "DNL"])
+    result = to_native(probabilities, np.eye(4), (8, 9, 10), np.eye(4), labels)
+    assert set(np.unique(result.labels)) == {0, 2, 3}
+    assert (result.labels == 2).sum() == 27
+    assert (result.labels == 3).sum() == 27
+    assert result.components == {"RNR": (1, 0), "DNL": (2, 1)}
+    np.testing.assert_allclose(result.probabilities, probabilities, atol=1e-6)
