@@ -23,6 +23,9 @@ Array = np.ndarray
 SWI_ECHO_TIME = 0.020
 """Seconds; the nearest echo is taken."""
 
+LASTING_SIGNAL = 0.3
+"""Share of the brain's median signal at the last echo below which phase is not trusted."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -42,9 +45,9 @@ class Protocol:
         Factor on the tissues' inner variation.
     inversion
         ``tikhonov`` or ``thresholded_division``.
-    ignore_voxel_size
-        Integrate the field's gradient as if voxels were cubes: a mistake that leaves a slow
-        background in the susceptibility where they are not.
+    naive_field_fit
+        Trust the phase in the whole brain, and integrate its gradient as if voxels were cubes:
+        mistakes that leave a slow background in the susceptibility.
     """
 
     echo_times: tuple[float, ...] = (0.004, 0.010, 0.016, 0.022, 0.028)
@@ -53,7 +56,7 @@ class Protocol:
     bias: float = 0.15
     texture: float = 1.0
     inversion: Literal["tikhonov", "thresholded_division"] = "tikhonov"
-    ignore_voxel_size: bool = False
+    naive_field_fit: bool = False
 
     @property
     def swi_echo(self) -> int:
@@ -162,9 +165,11 @@ def compute_maps(
     """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     magnitude = np.abs(signal)
-    steps = (1.0, 1.0, 1.0) if protocol.ignore_voxel_size else spacing
-    field = fit_field(signal, brain, steps, protocol.echo_times, protocol.field_strength)
-    local, inside = remove_background(field, brain, spacing)
+    naive = protocol.naive_field_fit
+    mask = brain if naive else trusted_phase(magnitude[..., -1], brain)
+    steps = (1.0, 1.0, 1.0) if naive else spacing
+    field = fit_field(signal, mask, steps, protocol.echo_times, protocol.field_strength)
+    local, inside = remove_background(field, mask, spacing)
     invert = tikhonov if protocol.inversion == "tikhonov" else thresholded_division
     chi = invert(local, inside, spacing, field_direction(affine))
     chi -= np.where(inside, chi[inside].mean(), 0).astype(np.float32)
@@ -177,3 +182,27 @@ def compute_maps(
         "imag": mean_magnitude(magnitude),
         "swi": (magnitude[..., late] * phase_mask**4).astype(np.float32),
     }
+
+
+def trusted_phase(late_magnitude: Array, brain: Array) -> Array:
+    """Leave out of a brain mask what lies so near to air that its phase cannot be followed.
+
+    Parameters
+    ----------
+    late_magnitude : (X, Y, Z) array
+        Magnitude of the last echo, arbitrary unit.
+    brain : (X, Y, Z) bool array
+
+    Returns
+    -------
+    (X, Y, Z) bool array
+        The largest connected part of the brain whose signal lasts, with its holes filled; the whole
+        brain if it lasts nowhere.
+    """
+    typical = np.median(late_magnitude[brain])
+    lasting = brain & (ndi.uniform_filter(late_magnitude, 3) > LASTING_SIGNAL * typical)
+    parts, n = ndi.label(ndi.binary_opening(lasting))
+    if n == 0:
+        return brain
+    largest = 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    return ndi.binary_fill_holes(parts == largest)

@@ -33,6 +33,9 @@ AIR = (
     ((54, -32, -44), (7, 11, 13)),
 )
 
+NEAR, FAR = 25, 60.0
+"""Up to where the distance from the brain is known, beyond the scalp; what stands for more, mm."""
+
 OUTSIDE_SKULL = ("air", "skull", "soft_tissue", "scalp_fat")
 """Tissues that no brain mask holds."""
 
@@ -186,7 +189,7 @@ class _Template:
         def sample(data: Array, beyond: float) -> Array:
             return ndi.map_coordinates(data, voxels, order=1, mode="constant", cval=beyond)
 
-        return sample(self.grey, 0.0), sample(self.white, 0.0), sample(self.outside, 60.0)
+        return sample(self.grey, 0.0), sample(self.white, 0.0), sample(self.outside, FAR)
 
 
 @cache
@@ -198,7 +201,11 @@ def _template() -> _Template:
     # the distance to the brain is known wherever a voxel of a scan may lie.
     pad = 40
     inside = np.pad(np.asarray(brain.dataobj) > 0, pad)
-    distance = ndi.distance_transform_edt(~inside) - ndi.distance_transform_edt(inside)
+    distance = np.full(inside.shape, FAR, np.float32)
+    x, y, z = ndi.find_objects(inside.astype(np.uint8))[0]
+    near = tuple(slice(s.start - NEAR, s.stop + NEAR) for s in (x, y, z))
+    distance[near] = ndi.distance_transform_edt(~inside[near])
+    distance[near] -= ndi.distance_transform_edt(inside[near])
     affine = np.array(brain.affine, float)
     affine[:3, 3] -= pad * np.diag(affine)[:3]
 
@@ -208,7 +215,7 @@ def _template() -> _Template:
     return _Template(
         padded(datasets.load_mni152_gm_template(resolution=1)),
         padded(datasets.load_mni152_wm_template(resolution=1)),
-        distance.astype(np.float32),
+        distance,
         np.linalg.inv(affine),
     )
 

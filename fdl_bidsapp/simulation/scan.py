@@ -148,7 +148,7 @@ def draw_protocol(rng: np.random.Generator) -> tuple[Protocol, tuple[float, ...]
         texture=float(rng.uniform(0.5, 2.0)),
         inversion="thresholded_division" if rng.integers(2) else "tikhonov",
         # As the heads were made that the first default model learnt from.
-        ignore_voxel_size=True,
+        naive_field_fit=True,
     )
     in_plane = float(rng.uniform(1.0, 1.25))
     spacing = (in_plane, in_plane, float(rng.choice([in_plane, rng.uniform(1.0, 2.4)])))

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from fdl_bidsapp.imaging.grid import Grid, canvas_geometry
+from fdl_bidsapp.models.fdl import CONTRASTS
+from fdl_bidsapp.simulation.contrast import Protocol
+from fdl_bidsapp.simulation.geometry import rotation
+from fdl_bidsapp.training import data
+from fdl_bidsapp.training.data import SimulatedPatches, cache_simulated_scan, cut_patch, degrade
+
+SHAPE = (30, 34, 26)
+GRID = Grid((40, 40, 32), (5.0, 5.0, 5.0))
+INTENSITY = dict.fromkeys(CONTRASTS, "minmax")
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    protocol = Protocol(echo_times=(0.004, 0.014, 0.024))
+    monkeypatch.setattr(data, "draw_protocol", lambda _: (protocol, (5.0, 5.0, 5.0), np.zeros(3)))
+
+
+def stack_of(image, labels):
+    """A cached scan with the same image in every contrast."""
+    return np.stack([*[image] * len(CONTRASTS), labels]).astype(np.float16)
+
+
+def saved(folder: Path, *scans) -> list[Path]:
+    files = []
+    for i, scan in enumerate(scans):
+        files.append(folder / f"scan-{i}.npy")
+        np.save(files[-1], scan)
+    return files
+
+
+def two_sided():
+    """Left a bright structure 1, right a dim structure 2, in mid-grey."""
+    image = np.full(SHAPE, 0.5, np.float32)
+    labels = np.zeros(SHAPE)
+    image[6:11, 12:20, 8:16], labels[6:11, 12:20, 8:16] = 1.0, 1
+    image[20:25, 12:20, 8:16], labels[20:25, 12:20, 8:16] = 0.0, 2
+    return stack_of(image, labels)
+
+
+def draws(files, n, *, shape=(28, 28, 24), jitter=(0, 0, 0), swap=(1, 0)):
+    patches = SimulatedPatches(files, INTENSITY, swap, {"qsm": 1.0})
+    return [patches.draw(np.random.default_rng(seed), shape, jitter) for seed in range(n)]
+
+
+def test_an_upright_patch_is_a_plain_crop():
+    rng = np.random.default_rng(0)
+    image, labels = rng.standard_normal(SHAPE), rng.integers(0, 5, SHAPE)
+    scan = stack_of(image, labels)
+    # The centre of voxels 5..14, 8..18 and 3..10.
+    cut, classes = cut_patch(scan, 2, np.array([9.5, 13.0, 6.5]), np.eye(3), (10, 11, 8))
+    crop = (slice(5, 15), slice(8, 19), slice(3, 11))
+    np.testing.assert_allclose(cut, scan[2][crop], atol=1e-3)
+    np.testing.assert_array_equal(classes, labels[crop])
+
+
+def test_the_channel_is_the_contrast_asked_for():
+    scan = np.stack([np.full(SHAPE, value) for value in (1, 2, 3, 4, 0)]).astype(np.float16)
+    for channel in range(4):
+        cut, _ = cut_patch(scan, channel, np.array([15.0, 17.0, 13.0]), np.eye(3), (5, 5, 5))
+        np.testing.assert_allclose(cut, channel + 1)
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_turning_keeps_image_and_labels_together(axis):
+    # An image that is the coordinate along one axis, and labels that are its nearest integer.
+    coordinate = np.broadcast_to(np.indices(SHAPE)[axis], SHAPE)
+    scan = stack_of(coordinate, coordinate)
+    linear = rotation((8, -11, 6)) @ np.diag([1.1, 0.9, 1.0])
+    centre = np.array([14.3, 16.8, 12.4])
+    shape = (12, 11, 10)
+    image, labels = cut_patch(scan, 0, centre, linear, shape)
+    expected = (linear @ (np.indices(shape).reshape(3, -1) - (np.array([shape]).T - 1) / 2))[axis]
+    np.testing.assert_allclose(image.ravel(), expected + centre[axis], atol=0.01)
+    assert np.abs(image - labels).max() <= 0.51
+
+
+def test_beyond_the_scan_there_is_nothing():
+    scan = stack_of(np.ones(SHAPE), np.ones(SHAPE))
+    image, labels = cut_patch(scan, 0, np.array([0.0, 17.0, 13.0]), np.eye(3), (11, 9, 9))
+    assert not image[:5].any()
+    assert not labels[:5].any()
+    np.testing.assert_allclose(image[5:], 1)
+    assert labels[5:].all()
+
+
+def test_a_patch_has_the_shapes_and_range_of_the_network(tmp_path):
+    for image, classes in draws(saved(tmp_path, two_sided()), 20, shape=(20, 24, 16)):
+        assert image.shape == (1, 1, 20, 24, 16)
+        assert image.dtype == torch.float32
+        assert classes.shape == (1, 20, 24, 16)
+        assert classes.dtype == torch.int64
+        assert float(image.min()) >= 0
+        assert float(image.max()) <= 1
+        assert set(classes.unique().tolist()) <= {0, 1, 2}
+
+
+def test_a_flip_swaps_the_sides(tmp_path):
+    bright_left = []
+    for image, classes in draws(saved(tmp_path, two_sided()), 40):
+        places = [torch.argwhere(classes[0] == index).float().mean(0)[0] for index in (1, 2)]
+        # Label 1 is the left one, whichever structure of the head is now there.
+        assert places[0] < places[1] - 5
+        left, right = (float(image[0, 0][classes[0] == index].mean()) for index in (1, 2))
+        bright_left.append(left > right)
+    assert 8 < sum(bright_left) < 32
+
+
+def test_labels_stay_on_their_structures(tmp_path):
+    for image, classes in draws(saved(tmp_path, two_sided()), 30):
+        inside = [image[0, 0][classes[0] == index] for index in (1, 2)]
+        means = sorted(float(values.mean()) for values in inside)
+        background = float(image[0, 0][classes[0] == 0].median())
+        assert means[0] < background + 0.02
+        assert means[1] > background - 0.02
+        assert means[1] - means[0] > 0.3
+
+
+def test_patches_stay_around_the_nuclei(tmp_path):
+    files = saved(tmp_path, two_sided())
+    centres = np.array(
+        [
+            torch.argwhere(classes[0] > 0).float().mean(0).numpy()
+            for _, classes in draws(files, 60, shape=(30, 30, 30), jitter=(0, 6, 2))
+        ]
+    )
+    # The nuclei's box is centred, and moves by no more than the jitter and the turn's rounding.
+    assert np.all(np.abs(centres - 14.5) <= [2, 8, 4])
+    assert centres[:, 1].std() > 2 * centres[:, 0].std()
+
+
+def test_a_draw_follows_from_its_seed(tmp_path):
+    files = saved(tmp_path, two_sided())
+    (first, labels), (other, _) = draws(files, 2)
+    again, labels_again = draws(files, 1)[0]
+    assert torch.equal(first, again)
+    assert torch.equal(labels, labels_again)
+    assert not torch.equal(first, other)
+
+
+def test_contrasts_come_in_their_proportions(tmp_path):
+    # Within the patch qsm is flat and swi has an edge, whatever is done to them.
+    image = np.zeros((5, *SHAPE), np.float16)
+    image[0, :, :, :3] = 1
+    image[3, :, :, :13] = 1
+    image[4, 10:20, 10:20, 8:18] = 1
+    shares = {"qsm": 0.7, "swi": 0.3}
+    patches = SimulatedPatches(saved(tmp_path, image), INTENSITY, (0,), shares)
+    drawn = [patches.draw(np.random.default_rng(seed), (9, 9, 8), (0, 0, 0)) for seed in range(80)]
+    edges = sum(float(patch.std()) > 0.15 for patch, _ in drawn)
+    assert 14 <= edges <= 34
+
+
+def test_degrading_keeps_the_image_recognisable():
+    x, y, z = np.indices(SHAPE)
+    image = (np.sin(x / 4) + np.cos(y / 5) * np.sin(z / 4)).astype(np.float32)
+    results = [degrade(image.copy(), np.random.default_rng(seed)) for seed in range(40)]
+    likeness = [np.corrcoef(image.ravel(), result.ravel())[0, 1] for result in results]
+    assert min(likeness) > 0.75
+    assert any(np.array_equal(image, result) for result in results)
+    assert sum(not np.array_equal(image, result) for result in results) > 15
+    assert all(result.dtype == np.float32 and result.shape == SHAPE for result in results)
+
+
+def test_a_cached_scan_holds_the_contrasts_and_the_labels(coarse, tmp_path, monkeypatch):
+    simulated = []
+
+    def simulate(*arguments, **options):
+        simulated.append(simulate_scan(*arguments, **options))
+        return simulated[-1]
+
+    simulate_scan = data.simulate_scan
+    monkeypatch.setattr(data, "simulate_scan", simulate)
+    path = cache_simulated_scan(tmp_path / "cache", 3, GRID, 4)
+    stack = np.load(path)
+    scan = simulated[0]
+    assert stack.dtype == np.float16
+    # Voxels of the model's size: the canvas is the scan's own grid, with room around it.
+    reference = nib.Nifti1Image(scan.maps["imag"], scan.affine)
+    shape, _, box = canvas_geometry(reference, GRID)
+    assert stack.shape == (len(CONTRASTS) + 1, *shape)
+    for channel, contrast in enumerate(CONTRASTS):
+        np.testing.assert_allclose(
+            stack[channel][box], scan.maps[contrast], rtol=1e-3, atol=1e-4, err_msg=contrast
+        )
+    kept = np.where(scan.labels <= 4, scan.labels, 0)
+    assert kept.any()
+    np.testing.assert_array_equal(stack[-1][box], kept)
+
+
+def test_a_cached_scan_follows_from_its_seed_and_is_kept(coarse, tmp_path):
+    first = cache_simulated_scan(tmp_path / "a", 1, GRID, 4)
+    second = cache_simulated_scan(tmp_path / "b", 1, GRID, 4)
+    other = cache_simulated_scan(tmp_path / "b", 2, GRID, 4)
+    assert first.read_bytes() == second.read_bytes() != other.read_bytes()
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [second.name, other.name]
+    first.write_bytes(b"kept")
+    assert cache_simulated_scan(tmp_path / "a", 1, GRID, 4).read_bytes() == b"kept"
