@@ -158,15 +158,19 @@ def train(
     dtype = autocast_dtype(device) if schedule.mixed_precision else None
     log = _Log(folder / "log.tsv", state.step)
     started = saved = time.monotonic() - state.spent
+    rate = schedule.learning_rate
     with _progress_bar() as bar:
         while True:
             state.spent = time.monotonic() - started
             progress = max(state.step / schedule.steps, state.spent / 60 / schedule.max_minutes)
             finished = progress >= 1
+            score = None
             if validate is not None and state.wants_validation(finished):
                 score = validate(state.averaged)
                 state.keep(score)
-                log.write(state, log.rate, score)
+            if score is not None or (log.losses and state.step % LOG_EVERY == 0):
+                mean = log.write(state, rate, score)
+                bar.set_postfix_str(_postfix(mean, state.score), refresh=False)
             if finished or time.monotonic() - saved > 60 * schedule.checkpoint_minutes:
                 state.save()
                 saved = time.monotonic()
@@ -181,9 +185,6 @@ def train(
             with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 outputs = network(image, others)
             log.add(state.advance(loss(outputs, classes), rate))
-            if state.step % LOG_EVERY == 0:
-                mean = log.write(state, rate, None)
-                bar.set_postfix_str(_postfix(mean, state.score), refresh=False)
             bar.update(0)
 
 
@@ -309,7 +310,6 @@ class _Log:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.rate = 0.0
         self.losses: list[Tensor] = []
         rows = path.read_text("utf-8").splitlines()[1:] if path.exists() else []
         # What came after the checkpoint is done again.
@@ -330,7 +330,6 @@ class _Log:
                 path=self.path,
             )
         self.losses.clear()
-        self.rate = rate
         values = (
             str(state.step),
             f"{state.spent / 60:.2f}",

@@ -21,16 +21,16 @@ def save(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> None
 
 
 def write_case(stem: Path, seed: int, suffixes: tuple[str, ...] = ("qsm",)) -> None:
-    """A bright ball (1) beside a dim one (2), in noise."""
+    """A bright ball (1) beside a dark one (2), in noise."""
     rng = np.random.default_rng(seed)
     first, second = ball((5, 6, 6), 3.2), ball((11, 7, 5), 2.5)
     for suffix in suffixes:
-        image = 0.1 * first + 0.05 * second + rng.normal(0, 0.005, SHAPE)
+        image = 0.1 * first - 0.1 * second + rng.normal(0, 0.005, SHAPE)
         save(stem.with_name(f"{stem.name}_{suffix}.nii.gz"), image.astype(np.float32))
     save(stem.with_name(f"{stem.name}_label.nii.gz"), (first + 2 * second).astype(np.uint8))
 
 
-LABELS = "index\tname\n1\tBright ball\n2\tDim ball\n"
+LABELS = "index\tname\n1\tBright ball\n2\tDark ball\n"
 
 
 @pytest.fixture

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fdl_bidsapp.labels import by_abbreviation
+from fdl_bidsapp.models.fdl import ModelSpec
+from fdl_bidsapp.models.fourier import window_halfwidths
+from fdl_bidsapp.training.batches import CaseBatches, make_bank
+from fdl_bidsapp.training.cases import Case
+
+CPU = torch.device("cpu")
+GRID = (16, 12, 12)
+SIDES = by_abbreviation(["RNL", "RNR"])
+
+
+def spec_of(**changes):
+    return ModelSpec(
+        "test", **{"grid_shape": GRID, "labels": SIDES, "contrasts": ("qsm",), **changes}
+    )
+
+
+def case_of(seed, shape=GRID, contrasts=("qsm",)):
+    """Left nucleus bright on the low side of the first axis, right one half as bright."""
+    rng = np.random.default_rng(seed)
+    classes = np.zeros(shape, np.uint8)
+    middle = [n // 2 for n in shape]
+    classes[middle[0] - 5 : middle[0] - 1, 4:8, 4:8] = 1
+    classes[middle[0] + 1 : middle[0] + 5, 4:8, 4:8] = 2
+    image = np.where(classes == 1, 1.0, np.where(classes == 2, 0.5, 0.1))
+    image = (image + rng.normal(0, 0.01, shape)).astype(np.float32)
+    return Case(f"case{seed}", str(seed), dict.fromkeys(contrasts, image), classes, (0, 0, 0))
+
+
+def test_every_case_is_drawn_once_before_any_is_drawn_again():
+    cases = [case_of(seed) for seed in range(5)]
+    batches = CaseBatches(cases, spec_of(), {}, CPU, seed=3)
+    shades = {float(batches.cases[i].images.sum()): i for i in range(5)}
+    order = [shades[float(batches.draw(step)[0].sum())] for step in range(10)]
+    assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
+    assert order[:5] != order[5:]
+
+
+def test_batches_follow_from_seed_and_step():
+    cases = [case_of(seed) for seed in range(3)]
+    make = [CaseBatches(cases, spec_of(), {}, CPU, batch=2, augment=1.0, seed=s) for s in (1, 1, 2)]
+    image, classes = make[0].draw(7)
+    assert image.shape == (2, 1, *GRID)
+    assert classes.shape == (2, *GRID)
+    assert torch.equal(image, make[1].draw(7)[0])
+    assert not torch.equal(image, make[2].draw(7)[0])
+    assert not torch.equal(image, make[0].draw(8)[0])
+
+
+def test_flips_swap_the_sides():
+    batches = CaseBatches([case_of(0)], spec_of(), {}, CPU, augment=1e-6, seed=0)
+    left_first = set()
+    for step in range(20):
+        image, classes = batches.draw(step)
+        x = [float((classes[0] == k).nonzero()[:, 0].float().mean()) for k in (1, 2)]
+        bright = float(image[0, 0][classes[0] == 1].mean() - image[0, 0][classes[0] == 2].mean())
+        # Mirrored, the bright nucleus lies right, and is called so.
+        assert x[0] < x[1]
+        left_first.add(bright > 0)
+    assert left_first == {True, False}
+
+
+def test_a_lone_side_is_never_mirrored():
+    labels = by_abbreviation(["RNL"])
+    case = case_of(0)
+    case.classes[case.classes == 2] = 0
+    batches = CaseBatches([case], spec_of(labels=labels), {}, CPU, augment=1e-6, seed=0)
+    for step in range(20):
+        _, classes = batches.draw(step)
+        assert float((classes[0] == 1).nonzero()[:, 0].float().mean()) < GRID[0] / 2
+
+
+def test_windows_of_a_large_canvas_hold_every_structure():
+    case = case_of(0, shape=(40, 30, 20))
+    for augment in (0.0, 1e-6):
+        batches = CaseBatches([case], spec_of(), {}, CPU, augment=augment, seed=1)
+        starts = set()
+        for step in range(10):
+            image, classes = batches.draw(step)
+            assert image.shape[2:] == GRID
+            assert [int((classes == k).sum()) for k in (1, 2)] == [64, 64]
+            starts.add(int((classes[0] > 0).nonzero()[:, 0].min()))
+        assert (len(starts) > 1) == bool(augment)
+
+
+def test_several_targets_are_drawn_in_turn():
+    case = case_of(0, contrasts=("qsm", "imag"))
+    case.maps["imag"] = 1 - case.maps["qsm"]
+    batches = CaseBatches([case], spec_of(contrasts=("qsm", "imag")), {}, CPU, seed=1)
+    bright = {
+        bool(image[classes[:, None] == 1].mean() > 0.5)
+        for image, classes in (batches.draw(step) for step in range(20))
+    }
+    assert bright == {True, False}
+
+
+def test_multimodal_batches_bring_low_parts_from_the_case_or_the_bank():
+    spec = spec_of(method="multimodal")
+    cases = [case_of(0, contrasts=("qsm", "r2star")), case_of(1)]
+    bank = make_bank(cases, spec, ("r2star",))
+    size = tuple(2 * m + 1 for m in window_halfwidths(GRID, spec.theta))
+    assert {name: tuple(images[0].shape) for name, images in bank.items()} == {
+        "qsm": size,
+        "r2star": size,
+    }
+    batches = CaseBatches(cases, spec, bank, CPU, batch=2, seed=0)
+    image, classes, low = batches.draw(0)
+    assert image.shape[0] == classes.shape[0] == low.shape[0] == 2
+    assert low.shape[2:] == size
+
+
+class Threshold(nn.Module):
+    def forward(self, image, others=()):
+        levels = torch.tensor([0.1, 1.0, 0.5]).view(1, 3, 1, 1, 1)
+        return [-((image - levels) ** 2)]
+
+
+def test_mean_dice_is_one_for_a_network_that_is_right():
+    case = case_of(0)
+    spec = spec_of(intensity={"qsm": "minmax"})
+    batches = CaseBatches([case], spec, {}, CPU)
+    assert batches.mean_dice(Threshold()) == pytest.approx(1.0)
+    case.classes[case.classes == 2] = 0
+    half = CaseBatches([case], spec, {}, CPU).mean_dice(Threshold())
+    assert half == pytest.approx(0.5)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fdl_bidsapp.errors import DataError, FdlError, UsageError
+from fdl_bidsapp.imaging.overlap import METRICS
+from fdl_bidsapp.training.evaluate import MEAN
+from fdl_bidsapp.training.experiment import (
+    add_published,
+    aggregate,
+    make_experiment,
+    run_experiment,
+)
+
+
+@pytest.fixture
+def grid(labelled_set, quick):
+    labelled_set({"train": 3, "validation": 1, "test": 2})
+    return {**quick, "grid": {"method": ["none", "late"], "n_train": [2], "seed": [0, 1]}}
+
+
+def lines(path):
+    return [line.split("\t") for line in path.read_text().splitlines()]
+
+
+def test_a_grid_ends_in_one_table_and_one_figure(grid, tmp_path):
+    seen = []
+    experiment = make_experiment(grid)
+    cases, results, figure = run_experiment(
+        experiment, tmp_path / "out", device="cpu", progress=seen.append
+    )
+    assert len(seen) == 4
+    assert lines(cases)[0][:4] == ["method", "n_train", "seed", "model"]
+    assert len(lines(cases)) == 1 + 4 * 2 * 3
+    head, *rows = lines(results)
+    assert len(rows) == 2 * 3 * len(METRICS)
+    assert {row[head.index("n_seeds")] for row in rows} == {"2"}
+    assert figure.stat().st_size > 1000
+
+
+def test_finished_runs_are_not_done_again(grid, tmp_path, monkeypatch):
+    run_experiment(make_experiment(grid), tmp_path / "out", device="cpu")
+    monkeypatch.setattr("fdl_bidsapp.training.experiment.fit", None)
+    run_experiment(make_experiment(grid), tmp_path / "out", device="cpu")
+    changed = {**grid, "theta": 0.3}
+    with pytest.raises(DataError, match="other settings"):
+        run_experiment(make_experiment(changed), tmp_path / "out", device="cpu")
+
+
+def test_one_failing_run_does_not_stop_the_others(grid, tmp_path):
+    grid["grid"]["n_train"] = [2, 99]
+    with pytest.raises(FdlError, match="n_train is 99"):
+        run_experiment(make_experiment(grid), tmp_path / "out", device="cpu")
+    done = {path.parent.name for path in (tmp_path / "out/runs").glob("*/cases.tsv")}
+    assert done == {f"method={m},n_train=2,seed={s}" for m in ("none", "late") for s in (0, 1)}
+
+
+@pytest.mark.real
+def test_runs_may_go_on_side_by_side(grid, tmp_path):
+    paths = run_experiment(make_experiment(grid), tmp_path / "out", device="cpu", jobs=2)
+    assert all(path.exists() for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {}}, "has no grid"),
+        ({"grid": {"method": "none"}}, "has no grid"),
+        ({"grid": {"metod": ["none"]}}, "no setting metod"),
+        ({"measure": {"split": "all"}}, "no split 'all'"),
+        ({"measure": {"on": "test"}}, "other entries"),
+    ],
+)
+def test_an_experiment_that_makes_no_sense_is_refused_at_once(changes, message):
+    with pytest.raises(UsageError, match=message):
+        make_experiment({"table": "cases.tsv", "grid": {"seed": [0]}, **changes})
+
+
+def row(n, seed, case, value):
+    values = dict.fromkeys(METRICS, value)
+    return {
+        "method": "late",
+        "n_train": n,
+        "seed": seed,
+        "id": case,
+        "participant": case,
+        "structure": MEAN,
+        **values,
+    }
+
+
+def test_seeds_are_averaged_within_each_case():
+    cases = [row("4", str(seed), str(i), 0.7 + 0.1 * seed) for seed in (0, 1) for i in range(3)]
+    dice = aggregate(cases, ("method", "n_train", "seed"))[0]
+    assert (dice["n_seeds"], dice["n_cases"], dice["n_participants"]) == (2, 3, 3)
+    assert dice["mean"] == pytest.approx(0.75)
+    # The seeds differ, the participants do not.
+    assert dice["upper"] - dice["lower"] == pytest.approx(0, abs=1e-9)
+    assert dice["seed_sd"] == pytest.approx(0.1 / math.sqrt(2))
+
+
+def test_published_values_stand_beside_ours(tmp_path):
+    table = tmp_path / "published.tsv"
+    table.write_text(
+        "paper\ttask\tn_train\tmethod\tmetric\tvalue\tlower\tupper\n"
+        "FDL\tRN\t4\tlate\tdice_percent\t64.46\t61.12\t67.43\n"
+        "FDL\tDN\t4\tlate\tdice_percent\t11.11\t\t\n"
+        "FDL\tRN\t166\tlate\thd95\t1.25\t\t\n"
+    )
+    cases = [row(n, "0", "a", 0.5) for n in ("4", "165")]
+    results = aggregate(cases, ("method", "n_train", "seed"))
+    add_published(results, table, {"task": "RN", "n_train": {"165": 166}})
+    found = {
+        (one["n_train"], one["metric"]): one["published"] for one in results if "published" in one
+    }
+    assert found == {("4", "dice"): pytest.approx(0.6446), ("165", "hd95"): 1.25}

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fdl_bidsapp.errors import DataError, FdlError, InputMissingError, UsageError
+from fdl_bidsapp.models.bundle import load_bundle
+from fdl_bidsapp.training.cases import read_table
+from fdl_bidsapp.training.evaluate import MEAN, evaluate
+from fdl_bidsapp.training.fit import fit, make_settings, read_toml
+
+from .conftest import ball, save
+
+
+def test_learns_to_segment_what_it_was_shown(labelled_set, quick, tmp_path):
+    table = labelled_set({"train": 3, "validation": 1, "test": 2})
+    options = {"steps": 100, "augment": 0.2, "learning_rate": 0.03, "average": 0.9}
+    network = {"width": 8, "levels": 2}
+    settings = make_settings({**quick, "recipe_options": options, "backbone_options": network})
+    path = fit(settings, tmp_path / "model.safetensors", device="cpu")
+    bundle = load_bundle(path)
+    assert bundle.spec.provenance["n_train"] == 3
+    assert bundle.spec.provenance["steps"] == 100
+    assert bundle.spec.provenance["validation_dice"] > 0.7
+    scans = [one for one in read_table(table) if one.split == "test"]
+    rows = evaluate(bundle, scans, device="cpu")
+    assert np.mean([row["dice"] for row in rows if row["structure"] == MEAN]) > 0.7
+    assert (tmp_path / "model.run/training.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("method", ["early", "late", "multimodal"])
+@pytest.mark.parametrize("recipe", ["paper", "strong"])
+def test_every_method_and_recipe_ends_in_a_model_file(
+    labelled_set, quick, tmp_path, method, recipe
+):
+    labelled_set(suffixes=("qsm", "imag"))
+    values = {**quick, "method": method, "recipe": recipe}
+    if method == "multimodal":
+        values["modalities"] = ["imag"]
+    bundle = load_bundle(fit(make_settings(values), tmp_path / "model.safetensors", device="cpu"))
+    assert bundle.spec.method == method
+    assert set(bundle.bank) == ({"qsm", "imag"} if method == "multimodal" else set())
+
+
+def test_the_same_seed_gives_the_same_model_and_another_one_another(labelled_set, quick, tmp_path):
+    labelled_set()
+    states = []
+    for i, seed in enumerate((1, 1, 2)):
+        settings = make_settings({**quick, "seed": seed})
+        states.append(load_bundle(fit(settings, tmp_path / f"{i}.safetensors", device="cpu")).state)
+    same = [all(bool((a[k] == b[k]).all()) for k in a) for a, b in (states[:2], states[1:])]
+    assert same == [True, False]
+
+
+def test_the_same_command_goes_on_and_another_configuration_is_refused(
+    labelled_set, quick, tmp_path
+):
+    labelled_set()
+    output = tmp_path / "model.safetensors"
+    fit(make_settings(quick), output, device="cpu")
+    log = (tmp_path / "model.run/log.tsv").read_text()
+    output.unlink()
+    fit(make_settings(quick), output, device="cpu")
+    assert output.exists()
+    assert (tmp_path / "model.run/log.tsv").read_text() == log
+    with pytest.raises(DataError, match=r"theta was 0\.1 and is now 0\.2"):
+        fit(make_settings({**quick, "theta": 0.2}), output, device="cpu")
+    with pytest.raises(DataError, match="train cases was"):
+        fit(make_settings({**quick, "n_train": 2}), output, device="cpu")
+
+
+def test_a_time_budget_ends_with_a_usable_model(labelled_set, quick, tmp_path):
+    labelled_set()
+    options = {"steps": 10**6, "batch": 1}
+    path = fit(
+        make_settings({**quick, "recipe_options": options}),
+        tmp_path / "model.safetensors",
+        device="cpu",
+        max_minutes=0.03,
+    )
+    assert 0 < load_bundle(path).spec.provenance["steps"] < 10**6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ""}, "what the label values mean"),
+        ({"n_train": 9}, "there are 3 training cases"),
+        ({"targets": ["r2star"]}, "lacks? the contrast"),
+        ({"modalities": ["imag"]}, "takes no modalities"),
+        ({"method": "multimodal", "modalities": ["imag"]}, "no training case has the modality"),
+        ({"targets": ["t1"]}, "no contrast t1"),
+        ({"backbone": "vgg"}, "no backbone 'vgg'"),
+        ({"recipe": "weak"}, "no recipe 'weak'"),
+        ({"method": "middle"}, "method is 'middle'"),
+    ],
+)
+def test_bad_settings_are_told_before_training(
+    labelled_set, quick, tmp_path, monkeypatch, changes, message
+):
+    labelled_set()
+    monkeypatch.setattr("fdl_bidsapp.training.fit.train", None)
+    with pytest.raises(FdlError, match=message):
+        fit(make_settings({**quick, **changes}), tmp_path / "model.safetensors", device="cpu")
+
+
+def test_bad_data_are_told_before_training(labelled_set, quick, tmp_path, monkeypatch):
+    labelled_set({"train": 2})
+    monkeypatch.setattr("fdl_bidsapp.training.fit.train", None)
+    with pytest.raises(DataError, match="'validation' is empty"):
+        fit(make_settings(quick), tmp_path / "model.safetensors", device="cpu")
+    labelled_set()
+    save(tmp_path / "data/train1_label.nii.gz", 7 * ball((5, 6, 6), 3).astype(np.uint8))
+    with pytest.raises(DataError, match="does not know: 7"):
+        fit(make_settings(quick), tmp_path / "model.safetensors", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"table": "a", "metod": "none"}, "no setting metod"),
+        ({"table": "a", "seed": "1"}, "setting seed is '1'"),
+        ({"table": "a", "targets": "qsm"}, "setting targets is 'qsm'"),
+        ({"table": "a", "grid_shape": [16.0, 16, 16]}, "setting grid_shape"),
+        ({}, "either from a table or from two"),
+        ({"bids_dir": "a"}, "either from a table or from two"),
+        ({"table": "t", "bids_dir": "a", "labels_dir": "b"}, "either from a table or from two"),
+    ],
+)
+def test_settings_are_checked(values, message):
+    with pytest.raises(UsageError, match=message):
+        make_settings(values)
+
+
+def test_paths_in_a_toml_file_are_relative_to_it(tmp_path):
+    path = tmp_path / "train.toml"
+    path.write_text('table = "cases.tsv"\nlabels = "/abs/labels.tsv"\nseed = 3\n')
+    assert read_toml(path) == {
+        "table": str(tmp_path / "cases.tsv"),
+        "labels": "/abs/labels.tsv",
+        "seed": 3,
+    }
+    path.write_text("table = \n")
+    with pytest.raises(UsageError, match="no TOML file"):
+        read_toml(path)
+    with pytest.raises(InputMissingError):
+        read_toml(tmp_path / "none.toml")
