@@ -62,6 +62,6 @@ COPY --from=build /opt/fdl-bidsapp /opt/fdl-bidsapp
 RUN ln -s /opt/fdl-bidsapp/bin/fdl /opt/fdl-bidsapp/bin/fdl-bidsapp /usr/local/bin/
 # The user may be any, with no entry in /etc/passwd and no home; /tmp alone need be writable
 # (Apptainer sets HOME itself).
-ENV HOME=/tmp USER=fdl PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 1000:1000
 ENTRYPOINT ["fdl-bidsapp"]
