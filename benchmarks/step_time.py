@@ -1,0 +1,122 @@
+"""Time one training step: with and without the frequency split, in float32 and bfloat16.
+
+    python benchmarks/step_time.py [--networks hippocampus whole] [--threads 2] [--seconds 10]
+
+Appends to ``benchmarks/results/step_time.tsv``: the median over the steps made within ``--seconds``
+(three at least, after one to warm up), the load of the machine before it, and the ratio to the same
+step without a split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from fdl_bidsapp.labels import by_abbreviation
+from fdl_bidsapp.models.fdl import ModelSpec, build_network
+from fdl_bidsapp.models.inference import resolve_device
+from fdl_bidsapp.training.losses import dice_cross_entropy_loss
+
+NETWORKS = {"hippocampus": ((64, 64, 48), 16), "whole": ((160, 160, 128), 16)}
+"""Grid, and channels of the first layer."""
+
+COLUMNS = (
+    "network",
+    "grid",
+    "width",
+    "method",
+    "precision",
+    "seconds",
+    "steps_per_second",
+    "ratio_to_none",
+    "device",
+    "threads",
+    "load",
+    "torch",
+)
+
+
+def main() -> None:
+    """Time all combinations and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--methods", nargs="+", default=["none", "early", "late"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=10)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = resolve_device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    path = Path(__file__).parent / "results" / "step_time.tsv"
+    if not path.exists():
+        path.write_text("\t".join(COLUMNS) + "\n")
+    for network in options.networks:
+        shape, width = NETWORKS[network]
+        for precision in ("float32", "bfloat16"):
+            unsplit = None
+            for method in options.methods:
+                load = os.getloadavg()[0]
+                seconds = step_seconds(method, shape, width, precision, device, options.seconds)
+                unsplit = seconds if method == "none" else unsplit
+                row = (
+                    network,
+                    "x".join(map(str, shape)),
+                    width,
+                    method,
+                    precision,
+                    f"{seconds:.4f}",
+                    f"{1 / seconds:.3g}",
+                    "n/a" if unsplit is None else f"{seconds / unsplit:.2f}",
+                    name or device.type,
+                    options.threads,
+                    f"{load:.1f}",
+                    torch.__version__,
+                )
+                with path.open("a") as file:
+                    file.write("\t".join(map(str, row)) + "\n")
+                print(*row, sep="\t", flush=True)
+
+
+def step_seconds(
+    method: str,
+    shape: tuple[int, int, int],
+    width: int,
+    precision: str,
+    device: torch.device,
+    budget: float,
+) -> float:
+    """Return the median time of a training step, in seconds."""
+    spec = ModelSpec(
+        "timed",
+        method=method,
+        backbone_options={"width": width, "levels": 4},
+        grid_shape=shape,
+        labels=by_abbreviation(["RNL", "RNR"]),
+    )
+    network = build_network(spec).to(device).train()
+    optimiser = torch.optim.AdamW(network.parameters())
+    image = torch.rand(1, 1, *shape, device=device)
+    classes = torch.randint(0, 3, (1, *shape), device=device)
+    times: list[float] = []
+    while len(times) < 4 or sum(times) < budget:
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            (logits,) = network(image)
+        optimiser.zero_grad(set_to_none=True)
+        dice_cross_entropy_loss(logits, classes).backward()
+        optimiser.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    main()
