@@ -235,7 +235,9 @@ def in_split(scans: Iterable[LabelledScan], split: str, path: Path) -> list[Labe
     chosen = [one for one in scans if one.split == split]
     if not chosen:
         raise DataError(
-            f"the split {split!r} is empty", "give at least one case the split it needs", path=path
+            f"the split {split!r} is empty",
+            "name it in the column split of the table, or of a BIDS dataset's participants.tsv",
+            path=path,
         )
     return chosen
 

@@ -10,13 +10,20 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fdl_bidsapp.bids.outputs import write_json, write_tsv
-from fdl_bidsapp.errors import DataError, FdlError, InputMissingError, UsageError
+from fdl_bidsapp.bids.outputs import read_record, write_json, write_tsv
+from fdl_bidsapp.errors import (
+    DataError,
+    FdlError,
+    InputMissingError,
+    TemporaryError,
+    UsageError,
+)
 from fdl_bidsapp.imaging.overlap import METRICS
 from fdl_bidsapp.training.bootstrap import bootstrap_mean
 from fdl_bidsapp.training.cases import SPLITS, in_split
@@ -175,8 +182,6 @@ def run_experiment(
         The first run's that failed, after all others are done; or a finished run is of other
         settings.
     """
-    for run in experiment.runs:
-        _is_done(run, experiment, output)
     waiting = [run for run in experiment.runs if not _is_done(run, experiment, output)]
     if len(waiting) < len(experiment.runs):
         progress(f"{len(experiment.runs) - len(waiting)} of {len(experiment.runs)} runs were done")
@@ -383,7 +388,16 @@ def _each(
             pool.submit(_do, run, experiment, output, device, threads): run for run in waiting
         }
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            try:
+                yield futures[future], future.result()
+            except BrokenProcessPool:
+                yield (
+                    futures[future],
+                    TemporaryError(
+                        "a process was killed, perhaps for want of memory",
+                        "run the same command again with fewer --jobs; finished runs are kept",
+                    ),
+                )
 
 
 def _do(
@@ -415,8 +429,7 @@ def _is_done(run: Run, experiment: Experiment, output: Path) -> bool:
     folder = _folder(run, output)
     if not (folder / "cases.tsv").is_file():
         return False
-    recorded = json.loads((folder / "settings.json").read_text("utf-8"))
-    if recorded != _recorded(run, experiment):
+    if read_record(folder / "settings.json") != _recorded(run, experiment):
         raise DataError(
             "this run was done with other settings",
             "choose another output, or remove its folder to do it again",

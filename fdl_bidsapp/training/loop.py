@@ -337,8 +337,15 @@ class _Log:
             "n/a" if math.isnan(mean) else f"{mean:.4f}",
             "n/a" if score is None else f"{score:.4f}",
         )
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\t".join(values) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\t".join(values) + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"the log cannot be written ({error.strerror})",
+                "make space and run the same command again; it goes on from the last checkpoint",
+                path=self.path,
+            ) from error
         return mean
 
 
