@@ -36,6 +36,9 @@ MIN_AXIS = 8
 VOXEL_SIZES_MM = (0.1, 10.0)
 """Plausible voxel sizes."""
 
+MAX_EXTENT_MM = 600.0
+"""No scanner's field of view is wider; at 1 mm a wider one would also fill the memory."""
+
 MIN_FINITE_SHARE = 0.05
 """A head fills far more of a field of view, even where all else is NaN."""
 
@@ -157,6 +160,7 @@ def _read(path: Path, ndim: int) -> LoadedImage:
         stream.seek(0)
         image = kind.from_stream(stream)
         _check_affine(image.affine, path)
+        _check_extent(shape, image.affine, path)
         data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
         # Reading on to the end lets gzip compare its checksum.
         stream.read(1)
@@ -234,6 +238,17 @@ def _check_affine(affine: NDArray[np.float64], path: Path) -> None:
         )
     if abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-3:
         raise ImageError("the affine is singular", remedy, path=path)
+
+
+def _check_extent(shape: Sequence[int], affine: NDArray[np.float64], path: Path) -> None:
+    extent = spacing_of(affine) * shape[:3]
+    if extent.max() > MAX_EXTENT_MM:
+        text = " × ".join(f"{length:.0f}" for length in extent)
+        raise ImageError(
+            f"a field of view of {text} mm exceeds {MAX_EXTENT_MM:g} mm",
+            "correct the voxel size in the header",
+            path=path,
+        )
 
 
 def _checked_values(

@@ -38,6 +38,10 @@ def text(path: Path, data: np.ndarray) -> None:
     path.write_text("this is no image\n" * 100)
 
 
+def endless(path: Path, data: np.ndarray) -> None:
+    write(path, np.tile(data, (3, 1, 1)), np.diag([8.0, 1.0, 1.0, 1.0]))
+
+
 def empty(path: Path, data: np.ndarray) -> None:
     path.touch()
 
@@ -107,6 +111,7 @@ BAD = {
     singular: "the affine is singular",
     skewed: "the affine is singular",
     affine_of_nan: "the affine is not finite",
+    endless: "field of view of 768 × 32 × 32 mm",
     huge_voxels: "voxel size of 1 × 1 × 300 mm",
 }
 
