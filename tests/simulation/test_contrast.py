@@ -111,6 +111,19 @@ def test_veins_are_darker_in_swi_than_in_magnitude(head, maps):
     assert ratio(maps["swi"]) < 0.9 * ratio(maps["imag"])
 
 
+def test_swi_darkens_paramagnetic_phase_by_the_fourth_power_and_no_other():
+    shape = (32, 32, 32)
+    phase = np.zeros(shape, np.float32)
+    phase[10, 16], phase[22, 16] = 0.8, -0.8
+    signal = 2 * np.exp(1j * phase)[..., None] * np.ones(5)
+    brain = np.zeros(shape, bool)
+    brain[4:28, 4:28, 4:28] = True
+    swi = compute_maps(signal.astype(np.complex64), brain, np.eye(4), PROTOCOL)["swi"]
+    # The high-pass takes a little of the phase.
+    assert 2 * (1 - 0.8 / np.pi) ** 4 <= swi[10, 16, 16] < 2 * (1 - 0.7 / np.pi) ** 4
+    assert swi[22, 16, 16] == pytest.approx(2)
+
+
 def test_every_map_is_finite_and_in_its_range(maps):
     assert set(maps) == {"qsm", "r2star", "imag", "swi"}
     for image in maps.values():
