@@ -170,22 +170,27 @@ class _Resident:
             for side, first, length in zip(block, self.first, self.shape, strict=True)
         )
         images = np.empty((1, len(self.names), *case.classes[where].shape), np.float32)
+        nothing = np.zeros((1, len(self.names), 1, 1, 1), np.float32)
         for i, name in enumerate(self.names):
             low_end, high_end = limits(case.maps[name][window], spec.intensity[name])
-            scaled = (case.maps[name][where] - low_end) / max(high_end - low_end, 1e-12)
-            images[0, i] = np.clip(scaled, 0, 1)
-        self.images = torch.from_numpy(images).to(device)
+            width = max(high_end - low_end, 1e-12)
+            images[0, i] = np.clip((case.maps[name][where] - low_end) / width, 0, 1)
+            nothing[0, i] = np.clip(-low_end / width, 0, 1)
+        # Kept as the distance from a map's 0, which is what a warp finds beyond the block.
+        self.images = torch.from_numpy(images - nothing).to(device)
+        self.nothing = torch.from_numpy(nothing).to(device)
         self.classes = torch.from_numpy(np.ascontiguousarray(case.classes[where])).to(device)[None]
 
     def window(self, rng: np.random.Generator | None, strength: float) -> tuple[Tensor, Tensor]:
         """Cut a window, varied where a source of randomness is given."""
         if rng is None:
             x, y, z = (slice(s, s + n) for s, n in zip(self.first, self.shape, strict=True))
-            return self.images[..., x, y, z], self.classes[..., x, y, z].long()
+            return self.images[..., x, y, z] + self.nothing, self.classes[..., x, y, z].long()
         i, j, k = (float(rng.integers(low, high + 1)) for low, high in self.starts)
         a, b, c = self.classes.shape[1:]
         grid = random_warp(rng, self.shape, (i, j, k), (a, b, c), strength, self.images.device)
-        return warp(self.images, self.classes, self.n_classes, grid)
+        images, classes = warp(self.images, self.classes, self.n_classes, grid)
+        return images + self.nothing, classes
 
 
 def make_bank(cases: Sequence[Case], spec: ModelSpec, modalities: Sequence[str]) -> dict[str, list]:

@@ -90,6 +90,19 @@ def test_windows_of_a_large_canvas_hold_every_structure():
         assert (len(starts) > 1) == bool(augment)
 
 
+def test_beyond_the_field_of_view_a_warp_finds_what_the_app_finds_there(monkeypatch):
+    monkeypatch.setattr("fdl_bidsapp.training.batches.vary_intensity", lambda image, *_: image)
+    case = case_of(0)
+    case.maps["qsm"] -= 0.55
+    batches = CaseBatches([case], spec_of(), {}, CPU, augment=3.0, seed=0)
+    low, high = np.percentile(case.maps["qsm"], [0.5, 99.5])
+    shares = []
+    for step in range(8):
+        image, _ = batches.draw(step)
+        shares.append(float(((image - -low / (high - low)).abs() < 1e-5).float().mean()))
+    assert max(shares) > 0.05
+
+
 def test_several_targets_are_drawn_in_turn():
     case = case_of(0, contrasts=("qsm", "imag"))
     case.maps["imag"] = 1 - case.maps["qsm"]
