@@ -151,9 +151,7 @@ def scanner_image(data: Array, affine: Array, code: int = 1) -> nib.Nifti1Image:
     return image
 
 
-def _write_standard(
-    out: Path, scan: Scan, sources: Sequence[str], standard: StandardSpace
-) -> None:
+def _write_standard(out: Path, scan: Scan, sources: Sequence[str], standard: StandardSpace) -> None:
     extra = {"space": standard.space, "res": "1"}
     path = output_path(out, scan.entities, "dseg", **extra)
     write_image(path, scanner_image(standard.labels, standard.affine, code=4))

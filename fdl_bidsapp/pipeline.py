@@ -223,9 +223,7 @@ def read_scan(scan: Scan, target: str, allowed: Sequence[str]) -> ScanImages:
             notes.append(f"{source.contrast} was resampled to the grid of {chosen}")
         maps[source.contrast] = np.asarray(image.dataobj, np.float32)
     volume = _brain_volume(scan.brain_mask, notes) if scan.brain_mask else None
-    return ScanImages(
-        chosen, maps, np.asarray(reference.affine, float), tuple(notes), volume
-    )
+    return ScanImages(chosen, maps, np.asarray(reference.affine, float), tuple(notes), volume)
 
 
 def _source(scan: Scan, contrast: str) -> Source:

@@ -72,9 +72,7 @@ def init_participant_wf(
         Folder of intermediate files.
     """
     workflow = Workflow("fdl", base_dir=str(work_dir))
-    workflow.add_nodes(
-        [init_scan_wf(name, job, settings, compute) for name, job in jobs.items()]
-    )
+    workflow.add_nodes([init_scan_wf(name, job, settings, compute) for name, job in jobs.items()])
     return workflow
 
 
@@ -85,9 +83,7 @@ def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> W
     """
     model = {"model": str(compute.model), "model_sha256": compute.model_sha256}
     normalise = Node(
-        NormaliseScan(
-            scan=job.scan, target=settings.target, key=job.provenance.key, **model
-        ),
+        NormaliseScan(scan=job.scan, target=settings.target, key=job.provenance.key, **model),
         name="normalise",
         mem_gb=READING_GB,
     )

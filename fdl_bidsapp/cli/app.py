@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from fdl_bidsapp import __version__
 from fdl_bidsapp.cli.parser import parse
 from fdl_bidsapp.cli.trouble import explain
-from fdl_bidsapp.errors import FdlError, OutputError
+from fdl_bidsapp.errors import FdlError, OutputError, UsageError
 from fdl_bidsapp.settings import Settings, read_bids_filters
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ def run_group(settings: Settings) -> int:
 
 def run_participant(settings: Settings) -> int:
     """Segment every scan that is asked for and not done yet."""
+    if settings.reports_only:
+        raise UsageError("this version makes no reports yet", "leave --reports-only out")
+
     from fdl_bidsapp.bids.inputs import find_scans
 
     discovery = find_scans(
@@ -135,7 +138,7 @@ def _segment(settings: Settings, discovery: Discovery, bundle: Bundle, device: s
     failures: dict[str, FdlError] = {}
     todo: dict[str, tuple[Scan, Provenance]] = {}
     current = 0
-    for k, scan in enumerate(discovery.scans):
+    for scan in discovery.scans:
         key = result_key(scan, _result_options(settings, bundle))
         provenance = _provenance(settings, bundle, key)
         promised = _promised(settings, scan)
@@ -146,7 +149,9 @@ def _segment(settings: Settings, discovery: Discovery, bundle: Bundle, device: s
         elif is_current(settings.output_dir, scan, key, promised=promised):
             current += 1
         else:
-            todo[f"scan_{k}"] = (scan, provenance)
+            # By the scan and not by number, so that jobs can share a work folder; Nipype's names
+            # have no plus sign.
+            todo[scan.source_prefix.replace("+", "-")] = (scan, provenance)
     for subject, session in discovery.missing:
         write_missing(settings.output_dir, subject, session, _provenance(settings, bundle, ""))
     if current:
@@ -163,6 +168,7 @@ def _segment(settings: Settings, discovery: Discovery, bundle: Bundle, device: s
             scan, provenance = todo[name]
             failures[scan.source_prefix] = error
             write_failure(settings.output_dir, scan, error, provenance)
+        _tell_notes(settings, [scan for name, (scan, _) in todo.items() if name not in failed])
         if failed:
             _say(f"Log: {log_file}")
     _tell_outcome(len(discovery.scans), failures, discovery.missing)
@@ -289,6 +295,21 @@ def _tell_plan(settings: Settings, discovery: Discovery, bundle: Bundle) -> None
         print(f"  would write {output_path(settings.output_dir, scan.entities, 'dseg')}")
     for subject, session in discovery.missing:
         print(f"{_title(subject, session)}: no usable contrast")
+
+
+def _tell_notes(settings: Settings, scans: Sequence[Scan]) -> None:
+    """Say what was converted, resampled or left out."""
+    from fdl_bidsapp.bids.outputs import output_path, read_record
+
+    noted = 0
+    for scan in scans:
+        path = output_path(settings.output_dir, scan.entities, "morph", extension=".json")
+        notes = (read_record(path) or {}).get("Notes") or []
+        noted += bool(notes)
+        for note in notes if settings.verbose else ():
+            _say(f"  {scan.source_prefix}: {note}")
+    if noted and not settings.verbose:
+        _say(f"{_scans(noted)} with notes: see Notes in _morph.json, or run with -v")
 
 
 def _tell_outcome(

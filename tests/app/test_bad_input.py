@@ -196,11 +196,15 @@ def test_scattered_nan_and_infinity_are_taken_as_zero_and_noted(study, blobs):
     assert (np.asarray(study.labels("01").dataobj) == 1).sum() == (blobs().truth() == 1).sum()
 
 
-def test_a_broken_map_beside_the_target_is_left_out_with_a_note(study):
+def test_a_broken_map_beside_the_target_is_left_out_with_a_note(study, capsys):
     study.add("01", ("qsm", "r2star"))
     path = study.path("01", "R2starmap.nii.gz")
     path.write_bytes(path.read_bytes()[:1000])
     assert study.run() == 0
+    assert "1 scan with notes" in capsys.readouterr().err
+    study.output("01", "morph.json").unlink()
+    assert study.run("participant", "-v") == 0
+    assert lines_about(capsys.readouterr().err, f"  sub-01: r2star was left out: {path}: ")
     record = study.record("01")
     assert list(record["InputsUsed"]) == ["qsm"]
     (note,) = [note for note in record["Notes"] if "left out" in note]

@@ -89,6 +89,20 @@ def test_a_deleted_output_is_made_again(done, name, work):
     assert stamps(done, "02") == untouched
 
 
+def test_jobs_share_a_work_folder(study, blobs):
+    work = study.bids.parent / "work"
+    places = {"01": blobs(), "02": blobs(bright=(8.0, 20.0, 16.0)), "0+3": blobs()}
+    for subject, where in places.items():
+        study.add(subject, blobs=where)
+        options = ("--participant-label", subject) if "+" not in subject else ()
+        assert study.run("participant", "--work-dir", work, *options) == 0
+    for subject, where in places.items():
+        found = np.asarray(study.labels(subject).dataobj)
+        assert (found == where.truth()).all()
+    folders = {path.parent.name for path in work.rglob("normalise")}
+    assert folders == {"sub-01", "sub-02", "sub-0-3"}
+
+
 def test_outputs_of_other_settings_do_not_linger(done):
     assert done.run("participant", "--save-probabilities") == 0
     name = "space-orig_seg-fdl_probseg.nii.gz"

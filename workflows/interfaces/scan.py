@@ -154,7 +154,5 @@ class DeliverScan(SimpleInterface):
             )
         out, scan = Path(self.inputs.output_dir), self.inputs.scan
         write_scan(out, scan, images, segmentation, labels, self.inputs.provenance, standard)
-        self._results["record"] = str(
-            output_path(out, scan.entities, "morph", extension=".json")
-        )
+        self._results["record"] = str(output_path(out, scan.entities, "morph", extension=".json"))
         return runtime
