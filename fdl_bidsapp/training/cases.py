@@ -421,7 +421,7 @@ def load_case(
     Raises
     ------
     FdlError
-        See :func:`read_case` and :func:`check_values`.
+        See :func:`read_case` and :func:`check_values`; or no structure to segment is labelled.
     """
     images, labels = read_case(labelled, spec.contrasts, modalities)
     check_values(labels, known, labelled.label)
@@ -431,6 +431,12 @@ def load_case(
     classes = np.zeros(labels.shape, np.float32)
     for position, label in enumerate(spec.labels, start=1):
         classes[labels == label.index] = position
+    if not classes.any():
+        raise ImageError(
+            "the label map has none of the structures to segment",
+            "label them, or remove the case",
+            path=labelled.label,
+        )
     moved = canonical(nib.Nifti1Image(classes, images.affine))
     i, j, k = (int(n) for n in canvas.starts[0])
     return Case(

@@ -162,6 +162,13 @@ def test_a_case_without_the_target_is_an_error(table, balls):
         load_case(read_table(table)[0], spec_of(balls, contrasts=("r2star",)), KNOWN)
 
 
+def test_a_label_map_without_the_structures_is_an_error(table, balls):
+    one = read_table(table)[0]
+    save(one.label, ball((5, 6, 6), 3).astype(np.uint8))
+    with pytest.raises(ImageError, match="none of the structures"):
+        load_case(one, spec_of(balls[1:]), KNOWN)
+
+
 def test_all_bad_cases_are_told_of_at_once(table, balls):
     scans = read_table(table)
     for one in scans[:2]:
