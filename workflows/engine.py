@@ -452,17 +452,17 @@ def _log_handlers(log_file: Path) -> logging.Handler:
 def _logging_to(log_file: Path) -> Iterator[None]:
     logger = logging.getLogger("nipype")
     before = logger.handlers, logger.propagate
+    stream = log_file.open("a", encoding="utf-8")
     handler = _log_handlers(log_file)
     try:
-        with (
-            log_file.open("a", encoding="utf-8") as stream,
-            redirect_stdout(stream),
-            redirect_stderr(stream),
-        ):
+        with redirect_stdout(stream), redirect_stderr(stream):
             yield
     finally:
         logger.handlers, logger.propagate = before
-        handler.close()
+        for each in (handler, stream):
+            # On a full disk the end of the log is lost; what is said of the scans must not be.
+            with suppress(OSError):
+                each.close()
 
 
 @contextmanager

@@ -204,9 +204,11 @@ def _run_workflow(
             progress.scan_done(failed=error is not None)
 
         if settings.write_graph:
-            workflow.write_graph(
-                str(settings.output_dir / "logs" / "graph.dot"), graph2use="colored", format="svg"
-            )
+            path = settings.output_dir / "logs" / "graph.dot"
+            drawn = shutil.which("dot") is not None
+            workflow.write_graph(str(path), graph2use="colored", format="svg" if drawn else "dot")
+            if not drawn:
+                _say(f"Note: Graphviz is not installed, {path} has the graph to be drawn")
         return run_workflow(workflow, settings, titles, done, log_file=log_file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -526,6 +527,27 @@ def test_an_error_nobody_foresaw_is_one_line_that_says_where_the_traceback_is(
     (log,) = folder.glob("*_crash.log")
     assert str(log) in line
     assert "Traceback" in log.read_text()
+
+
+def test_a_disk_that_is_full_fails_the_scan_and_leaves_none_of_its_masks(
+    study, capsys, monkeypatch
+):
+    write_bytes = Path.write_bytes
+
+    def full(self: Path, content: bytes) -> int:
+        if "sub-02" in self.name and "RNR" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return write_bytes(self, content)
+
+    study.add("01")
+    study.add("02")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert study.run() == 1
+    (line,) = lines_about(capsys.readouterr().err, "  sub-02: ")
+    assert "sub-02_space-orig_label-RNR_mask.nii.gz: writing failed (No space left" in line
+    assert "Remedy: free some space" in line
+    assert study.outputs("02") == ["sub-02_morph.json"]
+    assert len(study.outputs("01")) == 8
 
 
 def test_a_disk_that_fails_is_one_line(study, capsys, monkeypatch):

@@ -215,6 +215,21 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(study, capsys):
     assert not study.out.exists()
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_graph_is_written_with_or_without_graphviz(study, monkeypatch, capsys, installed):
+    import shutil
+
+    if installed and shutil.which("dot") is None:
+        pytest.skip("Graphviz is not installed")
+    if not installed:
+        monkeypatch.setattr(shutil, "which", lambda *_: None)
+    study.add("01")
+    assert study.run("participant", "--write-graph") == 0
+    assert "normalise" in (study.out / "logs" / "graph.dot").read_text()
+    assert (study.out / "logs" / "graph.svg").exists() == installed
+    assert ("Graphviz is not installed" in capsys.readouterr().err) != installed
+
+
 def test_a_model_of_other_structures_brings_its_own_label_table(study, make_model):
     from dataclasses import replace
 
