@@ -156,11 +156,7 @@ def hausdorff95(a: Mask, b: Mask, spacing: Sequence[float]) -> float:
     >>> hausdorff95(a, b, (0.5, 1, 1))
     1.5
     """
-    missing = _without_surface(a, b, spacing)
-    if missing is not None:
-        return missing
-    there, back = surface_distances(a, b, spacing), surface_distances(b, a, spacing)
-    return float(max(np.percentile(there, 95), np.percentile(back, 95)))
+    return _distances(a, b, spacing)[0]
 
 
 def mean_surface_distance(a: Mask, b: Mask, spacing: Sequence[float]) -> float:
@@ -175,11 +171,7 @@ def mean_surface_distance(a: Mask, b: Mask, spacing: Sequence[float]) -> float:
     >>> mean_surface_distance(a, a, (1, 1, 1))
     0.0
     """
-    missing = _without_surface(a, b, spacing)
-    if missing is not None:
-        return missing
-    there, back = surface_distances(a, b, spacing), surface_distances(b, a, spacing)
-    return float(np.concatenate([there, back]).mean())
+    return _distances(a, b, spacing)[1]
 
 
 def agreement(predicted: Mask, true: Mask, spacing: Sequence[float]) -> dict[str, float]:
@@ -205,8 +197,7 @@ def agreement(predicted: Mask, true: Mask, spacing: Sequence[float]) -> dict[str
         error,
         abs(error),
         pearson_r(predicted, true),
-        hausdorff95(predicted, true, spacing),
-        mean_surface_distance(predicted, true, spacing),
+        *_distances(predicted, true, spacing),
     )
     return dict(zip(METRICS, values, strict=True))
 
@@ -224,10 +215,14 @@ def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def _without_surface(a: Mask, b: Mask, spacing: Sequence[float]) -> float | None:
+def _distances(a: Mask, b: Mask, spacing: Sequence[float]) -> tuple[float, float]:
+    """Return the 95th-percentile Hausdorff distance and the mean surface distance."""
     some_a, some_b = bool(np.any(a)), bool(np.any(b))
     if some_a and some_b:
-        return None
+        there, back = surface_distances(a, b, spacing), surface_distances(b, a, spacing)
+        farthest = max(np.percentile(there, 95), np.percentile(back, 95))
+        return float(farthest), float(np.concatenate([there, back]).mean())
     if not (some_a or some_b):
-        return math.nan
-    return math.hypot(*(n * size for n, size in zip(a.shape, spacing, strict=True)))
+        return math.nan, math.nan
+    diagonal = math.hypot(*(n * size for n, size in zip(a.shape, spacing, strict=True)))
+    return diagonal, diagonal
