@@ -278,7 +278,8 @@ class _Workers(_Reporting, MultiProcPlugin):
         while True:
             worker = self._idle.pop() if self._idle else self._new_worker()
             try:
-                future = worker.submit(_run_node, node, updatehash, self._taskid)
+                with _interrupt_blocked():
+                    future = worker.submit(_run_node, node, updatehash, self._taskid)
             except BrokenProcessPool:  # it died while it had nothing to do
                 self._workers.discard(worker)
             else:
@@ -432,8 +433,6 @@ def _start_worker(log_file: Path, folder: Path, resource_monitor: bool) -> None:
     os.dup2(log, 2)
     os.close(log)
     _log_handlers(log_file)
-    # Sent by the terminal to all processes alike; the parent ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.chdir(folder)
     if resource_monitor:
         nipype_config.enable_resource_monitor()
@@ -446,6 +445,17 @@ def _log_handlers(log_file: Path) -> logging.Handler:
     logger.handlers = [handler]
     logger.propagate = False
     return handler
+
+
+@contextmanager
+def _interrupt_blocked() -> Iterator[None]:
+    # A process started within never sees the terminal's interrupt, which goes to all processes
+    # alike; the parent gets it a moment later and ends its workers.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -27,19 +27,39 @@ if TYPE_CHECKING:
     from fdl_bidsapp.models.bundle import Bundle
 
 
+_INTERRUPTED = 128 + signal.SIGINT
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the app and exit with the code of the BIDS Apps execution specification."""
-    received: list[int] = []
-
-    def stop(number: int, _: object) -> None:
-        # Schedulers and `docker stop` send this some seconds before they kill: time to tidy up.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        received.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    stop = _Stop()
+    # Schedulers and `docker stop` send SIGTERM some seconds before they kill: time to tidy up.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     code = run(argv)
-    sys.exit(128 + received[0] if received else code)
+    sys.exit(128 + stop.received if code == _INTERRUPTED else code)
+
+
+class _Stop:
+    """A signal handler that interrupts, and remembers that it did.
+
+    The interrupt is lost when it falls into a destructor or into code that catches everything, as
+    some libraries do while they are imported.
+    """
+
+    received = 0
+
+    def __call__(self, number: int, _: object) -> None:
+        again, self.received = self.received, number
+        # Tidying up is under way; only somebody at the terminal may want to cut it short.
+        if not again or number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+
+def _interrupt_if_told_to_stop() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    if isinstance(handler, _Stop) and handler.received:
+        raise KeyboardInterrupt
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +71,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return level(settings)
     except KeyboardInterrupt:
         print("fdl-bidsapp: stopped; run it again to go on", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except Exception as error:
         told = explain(error, _log_dir(settings))
         print(f"fdl-bidsapp: {told}", file=sys.stderr)
@@ -198,6 +218,7 @@ def _run_workflow(
         workflow = init_participant_wf(jobs, settings, compute, folder)
 
         def done(name: str, error: FdlError | None) -> None:
+            _interrupt_if_told_to_stop()
             if settings.work_dir is None:
                 # Nobody will look at it, and a large cohort would fill the disk.
                 shutil.rmtree(folder / workflow.name / name, ignore_errors=True)
@@ -209,6 +230,7 @@ def _run_workflow(
             workflow.write_graph(str(path), graph2use="colored", format="svg" if drawn else "dot")
             if not drawn:
                 _say(f"Note: Graphviz is not installed, {path} has the graph to be drawn")
+        _interrupt_if_told_to_stop()
         return run_workflow(workflow, settings, titles, done, log_file=log_file)
 
 

@@ -264,3 +264,21 @@ def test_a_signal_stops_the_app_and_the_next_run_goes_on(study, number, nprocs):
     assert study.run() == 0
     assert len(list(study.out.rglob("sub-*_morph.json"))) == len(subjects)
     assert {record: record.stat().st_mtime_ns for record in records} == before
+
+
+def test_a_stop_that_other_code_swallowed_takes_effect_all_the_same(study):
+    from fdl_bidsapp.cli.app import _Stop
+
+    study.add("01")
+    stop = _Stop()
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGTERM, None)
+    stop(signal.SIGTERM, None)  # the second one does not disturb the tidying up
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        assert study.run() == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert study.outputs("01") == []
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGINT, None)
