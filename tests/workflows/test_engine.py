@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from fdl_bidsapp.workflows.engine import run
 from nipype import Function, Node, Workflow
 
 from fdl_bidsapp.errors import (
@@ -19,6 +18,7 @@ from fdl_bidsapp.errors import (
     UsageError,
 )
 from fdl_bidsapp.settings import Settings
+from fdl_bidsapp.workflows.engine import run
 
 # Nipype keeps the source of these functions, so that a worker needs not import this module.
 
