@@ -53,3 +53,16 @@ def test_tells_in_one_line_what_is_wrong(tmp_path, capsys):
     messages = capsys.readouterr().err.splitlines()
     assert len(messages) == 4
     assert all(line.startswith("fdl: ") and "Remedy" in line for line in messages)
+
+
+def test_runs_an_experiment(tmp_path, capsys):
+    make_set(tmp_path)
+    config = tmp_path / "grid.toml"
+    text = (tmp_path / "train.toml").read_text().replace("steps = 9", "steps = 2")
+    grid = '[grid]\nmethod = ["none", "early"]\n[measure]\nsplit = "validation"\n'
+    config.write_text(text + grid)
+    out = tmp_path / "results"
+    assert toolbox.run(["experiment", str(config), "--output", str(out), "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.split() == [str(out / n) for n in ("cases.tsv", "results.tsv", "dice.png")]
+    assert "method=early: done" in printed.err
