@@ -195,10 +195,8 @@ def dynunet(in_channels: int, *, width: int = 16, levels: int = 4) -> MonaiBackb
         upsample_kernel_size=strides[1:],
         filters=[min(width << level, 320) for level in range(levels)],
     )
-    network.output_block = nn.Identity()
-    # A list of stand-ins for deep supervision, which is off.
-    network.heads = []
-    return MonaiBackbone(network, width, 1 << (levels - 1))
+    # These layers hold all others but the last; the network itself would name each weight twice.
+    return MonaiBackbone(network.skip_layers, width, 1 << (levels - 1))
 
 
 def segresnet(in_channels: int, *, width: int = 16, levels: int = 4) -> MonaiBackbone:

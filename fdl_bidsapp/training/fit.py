@@ -62,7 +62,8 @@ class TrainingSettings:
     method, backbone, backbone_options, theta, spectrum, fusion_channels, grid_shape, grid_spacing
         As in :class:`fdl_bidsapp.models.fdl.ModelSpec`.
     recipe, recipe_options
-        See :func:`fdl_bidsapp.training.recipes.make_recipe`.
+        See :func:`fdl_bidsapp.training.recipes.make_recipe`. Both kinds of options may also be
+        tables of options by name, of which that of the backbone or recipe in use is taken.
     seed
         Of the first weights and of the batches.
     """
@@ -164,6 +165,21 @@ def _typed(key: str, value: Any, default: Any) -> Any:
     raise UsageError(f"the setting {key} is {value!r}", f"give a value like {default!r}")
 
 
+def options_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the options of one backbone or recipe, where they are given by name.
+
+    Examples
+    --------
+    >>> options_of("unet", {"unet": {"width": 8}, "unetr": {"heads": 4}})
+    {'width': 8}
+    >>> options_of("unet", {"width": 8})
+    {'width': 8}
+    """
+    if not any(isinstance(value, Mapping) for value in options.values()):
+        return dict(options)
+    return dict(options.get(name, {}))
+
+
 def labelled_scans(settings: TrainingSettings) -> list[LabelledScan]:
     """Find the labelled scans that the settings name."""
     if settings.table:
@@ -199,11 +215,14 @@ def make_spec(settings: TrainingSettings, recipe: Recipe) -> tuple[ModelSpec, fr
         )
     contrasts = tuple(dict.fromkeys((*settings.targets, *settings.modalities)))
     defaults = {c: s for c, s in ModelSpec("defaults").intensity.items() if c in contrasts}
+    options = options_of(settings.backbone, settings.backbone_options)
+    if settings.backbone == "unetr":
+        options.setdefault("grid", "x".join(map(str, settings.grid_shape)))
     spec = ModelSpec(
         settings.name,
         method=settings.method,
         backbone=settings.backbone,
-        backbone_options=settings.backbone_options,
+        backbone_options=options,
         theta=settings.theta,
         spectrum=settings.spectrum,
         fusion_channels=settings.fusion_channels,
@@ -249,7 +268,7 @@ def fit(
     """
     if output.suffix != ".safetensors":
         raise UsageError(f"the output is {output.name}", "give a name that ends in .safetensors")
-    recipe = make_recipe(settings.recipe, settings.recipe_options)
+    recipe = make_recipe(settings.recipe, options_of(settings.recipe, settings.recipe_options))
     spec, known = make_spec(settings, recipe)
     where = resolve_device(device)
     torch.manual_seed(settings.seed)
@@ -361,7 +380,8 @@ def _configuration(
     values = {key: value for key, value in vars(settings).items() if key not in PATHS}
     for key in ("name", "data", "derivatives", "structures", "n_train", "validation_share"):
         del values[key]
-    values["backbone_options"] = dict(settings.backbone_options)
+    values["backbone_options"] = dict(spec.backbone_options)
+    values["recipe_options"] = options_of(settings.recipe, settings.recipe_options)
     values["labels"] = [f"{label.index} {label.abbreviation}" for label in spec.labels]
     for split, scans in chosen.items():
         digest = hashlib.sha256()
@@ -386,7 +406,7 @@ def _provenance(
         "train_participants": len({one.participant for one in chosen["train"]}),
         "n_validation": len(chosen["validation"]),
         "recipe": settings.recipe,
-        "recipe_options": dict(settings.recipe_options),
+        "recipe_options": options_of(settings.recipe, settings.recipe_options),
         "seed": settings.seed,
         "train_cases": configuration["train cases"],
         "steps": trained.steps,

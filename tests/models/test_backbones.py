@@ -66,6 +66,8 @@ def test_monai_s_networks_serve_every_method(name, options, shape, method):
     (logits,) = network(torch.rand(1, 1, *shape))
     assert logits.shape == (1, 5, *shape)
     (logits * torch.rand_like(logits)).sum().backward()
+    tensors = network.state_dict().values()
+    assert len({tensor.data_ptr() for tensor in tensors if tensor.numel()}) == len(tensors)
     idle = [name for name, p in network.named_parameters() if p.grad is None]
     assert not idle
     with torch.device("meta"):

@@ -42,6 +42,24 @@ def test_every_method_and_recipe_ends_in_a_model_file(
     assert set(bundle.bank) == ({"qsm", "imag"} if method == "multimodal" else set())
 
 
+@pytest.mark.parametrize("backbone", ["unet", "dynunet", "segresnet", "unetr"])
+def test_options_may_be_given_for_each_backbone_by_name(labelled_set, quick, tmp_path, backbone):
+    if backbone != "unet":
+        pytest.importorskip("monai")
+    labelled_set()
+    options = {
+        "unet": {"width": 4, "levels": 2},
+        "dynunet": {"width": 4, "levels": 3},
+        "segresnet": {"width": 8, "levels": 2},
+        "unetr": {"width": 4, "hidden_size": 12, "heads": 2},
+    }
+    changes = {"backbone": backbone, "backbone_options": options, "grid_shape": [16, 16, 16]}
+    settings = make_settings({**quick, **changes, "method": "late"})
+    bundle = load_bundle(fit(settings, tmp_path / "model.safetensors", device="cpu"))
+    assert bundle.spec.backbone == backbone
+    assert bundle.spec.backbone_options.items() >= options[backbone].items()
+
+
 def test_the_same_seed_gives_the_same_model_and_another_one_another(labelled_set, quick, tmp_path):
     labelled_set()
     states = []
