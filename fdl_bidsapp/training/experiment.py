@@ -368,6 +368,9 @@ def draw_figure(results: Sequence[Mapping[str, Any]], axes: Sequence[str], path:
             plot.plot(x, y, marker="x", linestyle=":", color=colour, label=f"{name} (published)")
     if "n_train" in axes:
         plot.set_xscale("log")
+        numbers = sorted({int(float(row["n_train"])) for row in results})
+        plot.set_xticks(numbers, [str(n) for n in numbers])
+        plot.minorticks_off()
     plot.set_xlabel("training cases")
     plot.set_ylabel("Dice")
     plot.legend(fontsize="small")
