@@ -12,6 +12,7 @@ import argparse
 import platform
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +25,46 @@ from fdl_bidsapp.models.fdl import ModelSpec, build_network
 from fdl_bidsapp.models.inference import resolve_device
 from fdl_bidsapp.training.data import SimulatedPatches, cache_simulated_scan
 from fdl_bidsapp.training.loop import Schedule, train
-from fdl_bidsapp.training.recipes import RECIPES
+from fdl_bidsapp.training.losses import dice_cross_entropy_loss
+
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 CONTRASTS = {"qsm": 0.4, "r2star": 0.25, "imag": 0.25, "swi": 0.1}
 
-# (shape, jitter of its centre, share of the steps at the beginning and at the end)
-PATCHES = (
-    ((64, 80, 64), (8, 10, 10), 0.80, 0.60),
-    ((96, 96, 80), (20, 20, 20), 0.18, 0.32),
-    ((160, 160, 128), (15, 25, 30), 0.02, 0.08),
-)
+
+@dataclass(frozen=True)
+class Phase:
+    """One of two trainings, the second going on from the first.
+
+    Attributes
+    ----------
+    share
+        Of the minutes and steps.
+    structure_weight
+        In the cross-entropy.
+    patches
+        Shape, jitter of its centre, probability.
+    """
+
+    share: float
+    structure_weight: float
+    patches: tuple[tuple[tuple[int, int, int], tuple[int, int, int], float], ...]
+
+
+# Small patches and weighted voxels find the structures soon; then their true size is learnt, on
+# patches up to the whole grid.
+PHASES = {
+    "find": Phase(0.4, 20.0, (((48, 64, 56), (6, 8, 8), 0.9), ((72, 80, 64), (12, 12, 12), 0.1))),
+    "draw": Phase(
+        0.6,
+        1.0,
+        (
+            ((64, 80, 64), (10, 12, 12), 0.68),
+            ((96, 96, 80), (20, 20, 20), 0.28),
+            ((160, 160, 128), (15, 25, 30), 0.04),
+        ),
+    ),
+}
 
 
 def main() -> None:
@@ -43,7 +74,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--processes", type=int, default=2)
@@ -71,23 +102,35 @@ def main() -> None:
     network = build_network(spec)
     patches = SimulatedPatches(files, dict(spec.intensity), mirrored(labels), CONTRASTS)
 
-    def draw(step: int, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = np.random.default_rng([options.seed, step])
-        shares = [(1 - progress) * first + progress * last for *_, first, last in PATCHES]
-        shape, jitter, *_ = PATCHES[int(rng.choice(len(PATCHES), p=shares))]
-        return patches.draw(rng, shape, jitter)
-
-    schedule = Schedule(
-        options.steps, learning_rate=options.learning_rate, max_minutes=options.minutes
-    )
     started = time.time()
-    run = options.output.with_suffix(".run")
     device = resolve_device("auto")
-    trained = train(network, draw, RECIPES["strong"].total_loss, schedule, run, device)
+    steps = 0
+    for name, phase in PHASES.items():
+
+        def draw(step: int, _: float, phase: Phase = phase, first: int = steps) -> Batch:
+            rng = np.random.default_rng([options.seed, first, step])
+            which = int(rng.choice(len(phase.patches), p=[share for *_, share in phase.patches]))
+            shape, jitter, _ = phase.patches[which]
+            return patches.draw(rng, shape, jitter)
+
+        def loss(
+            outputs: list[torch.Tensor], classes: torch.Tensor, phase: Phase = phase
+        ) -> torch.Tensor:
+            return dice_cross_entropy_loss(outputs[0], classes, phase.structure_weight)
+
+        schedule = Schedule(
+            round(options.steps * phase.share),
+            learning_rate=options.learning_rate,
+            max_minutes=options.minutes * phase.share,
+        )
+        folder = options.output.with_suffix(".run") / name
+        trained = train(network, draw, loss, schedule, folder, device)
+        network.load_state_dict(trained.network.state_dict())
+        steps += trained.steps
     provenance = {
         "data": f"{len(files)} heads of fdl simulate's training range, seeds 0 to {len(files) - 1}",
-        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights",
-        "steps": trained.steps,
+        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; two phases",
+        "steps": steps,
         "seed": options.seed,
         "trained_on": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -96,7 +139,7 @@ def main() -> None:
     final = ModelSpec(**{**vars(spec), "provenance": provenance})
     digest = save_bundle(options.output, trained.network, final)
     seconds = time.time() - started
-    print(f"{options.output}: {trained.steps} steps, SHA-256 {digest}, {seconds:.0f} s")
+    print(f"{options.output}: {steps} steps, SHA-256 {digest}, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

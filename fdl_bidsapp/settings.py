@@ -50,7 +50,7 @@ class Settings:
     bids_database_dir
         Where the index of the dataset is kept between runs.
     skip_bids_validation
-        Whether to leave out the check of the input dataset.
+        Whether to read folders that have no ``dataset_description.json`` all the same.
     target
         Contrast to segment; ``auto`` takes the best one a scan has.
     model

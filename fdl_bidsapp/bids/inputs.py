@@ -206,7 +206,10 @@ def parse_name(name: str) -> dict[str, str]:
 
 
 def open_datasets(
-    bids_dir: str | Path, derivatives: Sequence[tuple[str | None, str | Path]] = ()
+    bids_dir: str | Path,
+    derivatives: Sequence[tuple[str | None, str | Path]] = (),
+    *,
+    validate: bool = True,
 ) -> tuple[Dataset, ...]:
     """Check and name the datasets to read from.
 
@@ -219,6 +222,8 @@ def open_datasets(
         The dataset.
     derivatives
         Pairs of name (or ``None``) and folder of derivative datasets.
+    validate
+        Whether a folder without a readable ``dataset_description.json`` is refused.
 
     Raises
     ------
@@ -230,13 +235,19 @@ def open_datasets(
         Two datasets have the same name.
     """
     root = _absolute(bids_dir)
-    description = _read_description(root, "give the folder that holds dataset_description.json")
+    description = _read_description(
+        root,
+        "give the folder that holds dataset_description.json, or use --skip-bids-validation",
+        validate,
+    )
     first = "input" if description.get("DatasetType") == "derivative" else "raw"
     datasets = [Dataset(first, root, description)]
     for name, folder in derivatives:
         root = _absolute(folder)
         description = _read_description(
-            root, "give the derivative dataset itself, as in --derivatives derivatives/qsmxt"
+            root,
+            "give the derivative dataset itself, as in --derivatives derivatives/qsmxt",
+            validate,
         )
         # The name stands in BIDS URIs, whose alphabet is small.
         name = re.sub(r"[^0-9a-zA-Z_.-]", "-", name or root.name)
@@ -259,6 +270,7 @@ def find_scans(
     bids_filters: Mapping[str, Mapping[str, Any]] | None = None,
     database_dir: str | Path | None = None,
     exclude: Sequence[str | Path] = (),
+    validate: bool = True,
 ) -> Discovery:
     """Find the scans of a dataset, and of derivative datasets given beside it.
 
@@ -278,6 +290,8 @@ def find_scans(
         folder has been added, removed or renamed, and then holds all participants.
     exclude
         Folders never taken for input unless they are among ``derivatives``.
+    validate
+        See `open_datasets`.
 
     Returns
     -------
@@ -293,7 +307,7 @@ def find_scans(
     OutputError, StorageError
         The index cannot be written or read.
     """
-    datasets = open_datasets(bids_dir, derivatives)
+    datasets = open_datasets(bids_dir, derivatives, validate=validate)
     notes: list[str] = []
     filters = _checked_filters(bids_filters or {})
     subjects = {_bare(label, "sub") for label in participant_labels}
@@ -780,9 +794,18 @@ def _is_excluded(path: Path, dataset: Dataset, excluded: Sequence[Path]) -> bool
     )
 
 
-def _read_description(root: Path, remedy: str) -> dict[str, Any]:
+def _read_description(root: Path, remedy: str, validate: bool) -> dict[str, Any]:
     if not root.is_dir():
         raise InputMissingError("there is no such folder", "check the path", path=root)
+    try:
+        return _checked_description(root, remedy)
+    except NotADatasetError:
+        if validate:
+            raise
+        return {}
+
+
+def _checked_description(root: Path, remedy: str) -> dict[str, Any]:
     path = root / "dataset_description.json"
     try:
         description = json.loads(path.read_text("utf-8-sig"))

@@ -324,6 +324,7 @@ def prepare_output(
     version: str = __version__,
     container: Mapping[str, str] | None = None,
     registration: bool = False,
+    validate: bool = True,
 ) -> Path:
     """Make the output folder a BIDS derivative dataset, before any work is done.
 
@@ -343,6 +344,8 @@ def prepare_output(
         ``Type``, ``Tag`` and ``URI`` of the container it runs in, where known.
     registration
         Whether standard-space output is made, for the citations.
+    validate
+        See `open_datasets`.
 
     Returns
     -------
@@ -359,7 +362,7 @@ def prepare_output(
     InputMissingError, NotADatasetError, UsageError
         See `open_datasets`.
     """
-    datasets = open_datasets(bids_dir, derivatives)
+    datasets = open_datasets(bids_dir, derivatives, validate=validate)
     out = Path(out).absolute()
     _refuse_inputs(out, datasets)
     known = _own_description(out)

@@ -112,6 +112,7 @@ def run_participant(settings: Settings) -> int:
         bids_filters=read_bids_filters(settings.bids_filter_file),
         database_dir=settings.bids_database_dir,
         exclude=[settings.output_dir],
+        validate=not settings.skip_bids_validation,
     )
     for note in discovery.notes:
         _say(f"Note: {note}")
@@ -134,6 +135,7 @@ def run_participant(settings: Settings) -> int:
         settings.derivatives,
         labels=bundle.spec.labels,
         registration=bool(settings.output_spaces),
+        validate=not settings.skip_bids_validation,
     )
     if settings.boilerplate_only:
         _say(f"Methods text: {settings.output_dir / 'logs' / 'CITATION.md'}")

@@ -146,7 +146,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--skip-bids-validation",
         action="store_true",
-        help="do not check bids_dir before the work starts",
+        help="read folders that have no dataset_description.json all the same",
     )
 
     group = parser.add_argument_group("Segmentation")

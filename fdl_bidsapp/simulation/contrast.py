@@ -45,9 +45,6 @@ class Protocol:
         Factor on the tissues' inner variation.
     inversion
         ``tikhonov`` or ``thresholded_division``.
-    naive_field_fit
-        Trust the phase in the whole brain, and integrate its gradient as if voxels were cubes:
-        mistakes that leave a slow background in the susceptibility.
     """
 
     echo_times: tuple[float, ...] = (0.004, 0.010, 0.016, 0.022, 0.028)
@@ -56,7 +53,6 @@ class Protocol:
     bias: float = 0.15
     texture: float = 1.0
     inversion: Literal["tikhonov", "thresholded_division"] = "tikhonov"
-    naive_field_fit: bool = False
 
     @property
     def swi_echo(self) -> int:
@@ -165,10 +161,8 @@ def compute_maps(
     """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     magnitude = np.abs(signal)
-    naive = protocol.naive_field_fit
-    mask = brain if naive else trusted_phase(magnitude[..., -1], brain)
-    steps = (1.0, 1.0, 1.0) if naive else spacing
-    field = fit_field(signal, mask, steps, protocol.echo_times, protocol.field_strength)
+    mask = trusted_phase(magnitude[..., -1], brain)
+    field = fit_field(signal, mask, spacing, protocol.echo_times, protocol.field_strength)
     local, inside = remove_background(field, mask, spacing)
     invert = tikhonov if protocol.inversion == "tikhonov" else thresholded_division
     chi = invert(local, inside, spacing, field_direction(affine))

@@ -147,8 +147,6 @@ def draw_protocol(rng: np.random.Generator) -> tuple[Protocol, tuple[float, ...]
         bias=float(rng.uniform(0.05, 0.35)),
         texture=float(rng.uniform(0.5, 2.0)),
         inversion="thresholded_division" if rng.integers(2) else "tikhonov",
-        # As the heads were made that the first default model learnt from.
-        naive_field_fit=True,
     )
     in_plane = float(rng.uniform(1.0, 1.25))
     spacing = (in_plane, in_plane, float(rng.choice([in_plane, rng.uniform(1.0, 2.4)])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,7 +22,6 @@ def soft_dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tens
 
     Examples
     --------
-    >>> import torch
     >>> target = torch.ones(1, 4, 4, 4, dtype=torch.long)
     >>> logits = torch.zeros(1, 2, 4, 4, 4)
     >>> logits[:, 1] = 50
@@ -36,6 +36,19 @@ def soft_dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tens
     return 1 - ((2 * overlap + epsilon) / (size + epsilon)).mean()
 
 
-def dice_cross_entropy_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the sum of :func:`soft_dice_loss` and the voxel-wise cross-entropy."""
-    return soft_dice_loss(logits, target) + F.cross_entropy(logits.float(), target)
+def dice_cross_entropy_loss(
+    logits: Tensor, target: Tensor, structure_weight: float = 1.0
+) -> Tensor:
+    """Return the sum of :func:`soft_dice_loss` and the voxel-wise cross-entropy.
+
+    Parameters
+    ----------
+    logits, target
+        As for :func:`soft_dice_loss`.
+    structure_weight
+        Weight of a structure's voxel in the cross-entropy against one of background. Above 1 small
+        structures are found sooner, and drawn too large.
+    """
+    weight = logits.new_full((logits.shape[1],), structure_weight, dtype=torch.float32)
+    weight[0] = 1.0
+    return soft_dice_loss(logits, target) + F.cross_entropy(logits.float(), target, weight)

@@ -118,3 +118,12 @@ def test_the_output_may_lie_in_the_dataset_and_is_not_taken_for_input(study):
     assert study.run() == 0
     assert study.run() == 0
     assert {row["participant_id"] for row in study.group()} == {"sub-01"}
+
+
+def test_a_folder_without_description_is_read_when_validation_is_skipped(study, capsys):
+    study.add("01")
+    (study.bids / "dataset_description.json").unlink()
+    assert study.run() == 16
+    assert "--skip-bids-validation" in capsys.readouterr().err
+    assert study.run("participant", "--skip-bids-validation") == 0
+    assert study.record("01")["Status"] == "ok"
