@@ -392,8 +392,8 @@ def _model(text: str) -> str:
 def _label(prefix: str) -> Callable[[str], str]:
     def label(text: str) -> str:
         value = text.removeprefix(f"{prefix}-")
-        if not re.fullmatch(r"[A-Za-z0-9]+", value):
-            raise argparse.ArgumentTypeError(f"'{text}' is not a label (letters and digits)")
+        if not re.fullmatch(r"[A-Za-z0-9+]+", value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a label (letters, digits and +)")
         return value
 
     return label

@@ -151,10 +151,10 @@ class ModelSpec:
         )
         indices = [label.index for label in self.labels]
         _require(
-            len(set(indices)) == len(indices) and all(1 <= index <= 32767 for index in indices),
+            len(set(indices)) == len(indices) and all(1 <= index <= 255 for index in indices),
             "label indices",
             indices,
-            "different whole numbers from 1 to 32767",
+            "different whole numbers from 1 to 255",
         )
 
 

@@ -102,6 +102,7 @@ def test_fusion_does_see_the_low_part_where_the_method_says_so(method):
         {"labels": nuclei()[:1] * 2},
         {"labels": (dataclasses.replace(nuclei()[0], abbreviation="../RN"),)},
         {"labels": (dataclasses.replace(nuclei()[0], index=0),)},
+        {"labels": (dataclasses.replace(nuclei()[0], index=256),)},
     ],
 )
 def test_refuses_a_setting_out_of_range(values):
