@@ -154,7 +154,8 @@ def _segment(settings: Settings, discovery: Discovery, bundle: Bundle, device: s
     )
 
     _say(f"fdl-bidsapp {__version__}, model {bundle.spec.name} {bundle.sha256[:12]}, on {device}")
-    stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    # In a container every run has the same process number.
+    stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
     write_text(settings.output_dir / "logs" / f"{stamp}_settings.toml", settings.to_toml())
 
     failures: dict[str, FdlError] = {}

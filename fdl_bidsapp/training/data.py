@@ -89,6 +89,8 @@ class SimulatedPatches:
         For each structure, the position of its partner on the other side.
     contrasts
         Contrasts to draw from, with their probabilities.
+    severity
+        How often and how much patches are degraded, from 0 to 1.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class SimulatedPatches:
         intensity: dict[str, str],
         mirrored: Sequence[int],
         contrasts: dict[str, float],
+        severity: float = 1.0,
     ) -> None:
+        self.severity = severity
         self.scans = [np.load(file, mmap_mode="r") for file in files]
         self.swap = np.array([0, *(position + 1 for position in mirrored)], np.uint8)
         self.contrasts = contrasts
@@ -145,7 +149,7 @@ class SimulatedPatches:
         if rng.random() < 0.5:
             image = image[::-1]
             labels = self.swap[labels[::-1]]
-        image = degrade(np.ascontiguousarray(image), rng)
+        image = degrade(np.ascontiguousarray(image), rng, self.severity)
         # The field of view, and with it the percentiles, differ from site to site.
         low, high = self.limits[which][contrast]
         width = high - low
@@ -154,7 +158,7 @@ class SimulatedPatches:
         )
         if rng.random() < 0.5:
             image = image ** np.float32(np.exp(rng.normal(0, 0.3)))
-        if rng.random() < 0.1:
+        if rng.random() < 0.1 * self.severity:
             # A sign of contrast that no site uses: the shape has to be learnt, not the sign.
             image = 1 - image
         return (
@@ -220,7 +224,7 @@ def _grid_sample_matrix(
     return torch.from_numpy(matrix.astype(np.float32))[None]
 
 
-def degrade(image: Array, rng: np.random.Generator) -> Array:
+def degrade(image: Array, rng: np.random.Generator, severity: float = 1.0) -> Array:
     """Blur, coarsen, shade and add noise to an image, each at random.
 
     Parameters
@@ -229,24 +233,26 @@ def degrade(image: Array, rng: np.random.Generator) -> Array:
         Any unit.
     rng
         Source of randomness.
+    severity
+        From 0 (nothing is done) to 1.
 
     Returns
     -------
     (X, Y, Z) float32 array
     """
     spread = float(image.std()) + 1e-12
-    if rng.random() < 0.25:
+    if rng.random() < 0.25 * severity:
         image = ndi.gaussian_filter(image, rng.uniform(0.3, 1.0))
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 * severity:
         axis, factor = int(rng.integers(3)), rng.uniform(1.3, 2.8)
         n = image.shape[axis]
         image = ndi.gaussian_filter1d(image, factor / 2.355, axis=axis)
         positions = np.clip(np.round(np.arange(n) / factor) * factor, 0, n - 1).astype(int)
         image = np.take(image, positions, axis=axis)
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 * severity:
         shade = smooth_noise(rng, image.shape, (1, 1, 1), rng.uniform(40, 90))
         image = image * np.exp(np.float32(rng.uniform(0, 0.35)) * shade)
-    if rng.random() < 0.4:
+    if rng.random() < 0.4 * severity:
         noise = rng.standard_normal(image.shape, np.float32)
-        image = image + np.float32(spread * rng.uniform(0, 0.25)) * noise
+        image = image + np.float32(spread * severity * rng.uniform(0, 0.25)) * noise
     return image.astype(np.float32)
