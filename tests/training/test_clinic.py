@@ -39,8 +39,8 @@ def test_a_model_trained_on_a_bids_dataset_segments_it(study, blobs, tmp_path):
     config = tmp_path / "train.toml"
     config.write_text(
         'method = "late"\nfusion_channels = 4\nbackbone_options = {width = 8, levels = 2}\n'
-        "grid_shape = [32, 32, 32]\nrecipe_options = {learning_rate = 0.03, augment = 0.2, "
-        "average = 0.9, steps = 80}\n"
+        "grid_shape = [32, 32, 32]\nrecipe_options = {learning_rate = 0.006, augment = 0.2, "
+        "average = 0.9, steps = 150}\n"
     )
     model = tmp_path / "ours.safetensors"
     data = ["--bids-dir", str(study.bids), "--labels-dir", str(truth), "--device", "cpu"]
