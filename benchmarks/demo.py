@@ -10,7 +10,6 @@ Run it with ``python benchmarks/demo.py [--participants 4]``.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from machine import machine
 
 from fdl_bidsapp.bids.outputs import write_tsv
 
@@ -58,15 +58,6 @@ def _resident(process: psutil.Process) -> int:
     with suppress(psutil.Error):
         return int(process.memory_info().rss)
     return 0
-
-
-def machine() -> str:
-    """Describe the processor and the number of cores that may be used."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
 
 
 def main() -> None:

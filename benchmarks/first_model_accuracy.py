@@ -9,7 +9,6 @@ QSM is not measured. The seed makes heads that no training has seen.
 from __future__ import annotations
 
 import argparse
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from machine import machine
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.imaging.overlap import dice
@@ -89,7 +89,7 @@ def main() -> None:
     summary = summary.reset_index()
     summary["model_sha256"] = bundle.sha256[:12]
     summary["command"] = command
-    summary["machine"] = f"{platform.machine()}, app {__version__}, {time.strftime('%Y-%m-%d')}"
+    summary["machine"] = f"{machine()}, app {__version__}, {time.strftime('%Y-%m-%d')}"
     summary.to_csv(RESULTS / "first_model_accuracy.tsv", sep="\t", index=False, float_format="%.3f")
     print(summary.iloc[:, :6].to_string(index=False))
 

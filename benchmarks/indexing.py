@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+from machine import machine
 
 from fdl_bidsapp.bids.outputs import write_tsv
 
@@ -70,15 +71,6 @@ def measure(root: Path, options: dict[str, object]) -> dict[str, float]:
     )
     result: dict[str, float] = json.loads(run.stdout)
     return result
-
-
-def machine() -> str:
-    """Describe the processor and the number of cores that may be used."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
 
 
 def main() -> None:

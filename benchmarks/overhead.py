@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from statistics import median
 
 import nibabel as nib
 import numpy as np
+from machine import machine
 from scipy import ndimage
 
 from fdl_bidsapp.bids.outputs import write_tsv
@@ -88,15 +88,6 @@ def whole_run(bids: Path, out: Path, model: str) -> float:
         stderr=subprocess.DEVNULL,
     )
     return time.perf_counter() - start
-
-
-def machine() -> str:
-    """Describe the processor and the number of cores that may be used."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
 
 
 def main() -> None:

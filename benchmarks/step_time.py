@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from machine import machine
 
 from fdl_bidsapp.labels import by_abbreviation
 from fdl_bidsapp.models.fdl import ModelSpec, build_network
@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else machine()
     path = Path(__file__).parent / "results" / "step_time.tsv"
     if not path.exists():
         path.write_text("\t".join(COLUMNS) + "\n")
