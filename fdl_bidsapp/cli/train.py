@@ -67,6 +67,13 @@ def add_commands(commands: Any) -> None:
     experiment.add_argument("--output", type=Path, required=True, metavar="DIR")
     _add_data(experiment)
     experiment.add_argument("--jobs", type=int, default=1, metavar="N", help="default: 1")
+    experiment.add_argument(
+        "--max-minutes",
+        type=float,
+        default=float("inf"),
+        metavar="M",
+        help="begin no run later than this; the tables then hold what is done",
+    )
     experiment.add_argument("--published", type=Path, metavar="TSV", help="published values")
     experiment.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
     experiment.set_defaults(command=_experiment)
@@ -173,6 +180,7 @@ def _experiment(options: argparse.Namespace) -> int:
         jobs=options.jobs,
         device=options.device,
         published=options.published,
+        max_minutes=options.max_minutes,
         progress=lambda line: print(line, file=sys.stderr),
     ):
         print(path)

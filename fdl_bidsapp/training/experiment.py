@@ -8,8 +8,9 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -151,6 +152,7 @@ def run_experiment(
     jobs: int = 1,
     device: str = "auto",
     published: Path | None = None,
+    max_minutes: float = math.inf,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:
     """Do the runs that are not done, and gather all.
@@ -161,13 +163,16 @@ def run_experiment(
         From :func:`make_experiment`.
     output
         Gets a folder ``runs`` with one folder each, ``cases.tsv`` with every run and case,
-        ``results.tsv`` with means over cases and seeds, and ``dice.png``.
+        ``results.tsv`` with means over cases and seeds, ``differences.tsv`` with the paired
+        differences of the methods, and ``dice.png``.
     jobs
         Runs at a time, each in a process of its own.
     device
         ``auto``, ``cpu`` or ``cuda``.
     published
         Table of published values.
+    max_minutes
+        No run is begun later than this; the tables then hold the runs that are done.
     progress
         Called with a line for each run that is done.
 
@@ -186,23 +191,42 @@ def run_experiment(
     if len(waiting) < len(experiment.runs):
         progress(f"{len(experiment.runs) - len(waiting)} of {len(experiment.runs)} runs were done")
     errors: list[FdlError] = []
-    for run, error in _each(waiting, experiment, output, jobs, device):
+    until = time.monotonic() + 60 * max_minutes
+    for run, error in _each(waiting, experiment, output, jobs, device, until):
         progress(f"{run.name}: {'done' if error is None else error}")
         if error is not None:
             errors.append(error)
+    done = [run for run in experiment.runs if _is_done(run, experiment, output)]
+    if len(done) + len(errors) < len(experiment.runs):
+        progress(
+            f"{len(done)} of {len(experiment.runs)} runs are done;"
+            " the same command goes on with the others"
+        )
+    paths = _write_tables(experiment, done, output, published) if done else []
     if errors:
         raise errors[0]
-    cases = gather(experiment, output)
-    results = aggregate(cases, experiment.axes)
+    return paths
+
+
+def _write_tables(
+    experiment: Experiment, done: Sequence[Run], output: Path, published: Path | None
+) -> list[Path]:
+    axes = experiment.axes
+    cases = gather(done, output)
+    results = aggregate(cases, axes)
+    columns: tuple[str, ...] = (*_group_axes(axes), *RESULT_COLUMNS)
     if published is not None:
         add_published(results, published, experiment.published or {})
-    write_tsv(output / "cases.tsv", cases, (*experiment.axes, *CASE_COLUMNS))
-    columns = (*_group_axes(experiment.axes), *RESULT_COLUMNS)
-    if published is not None:
         columns = (*columns, *PUBLISHED_COLUMNS)
+    write_tsv(output / "cases.tsv", cases, (*axes, *CASE_COLUMNS))
     write_tsv(output / "results.tsv", results, columns)
-    draw_figure(results, _group_axes(experiment.axes), output / "dice.png")
-    return [output / name for name in ("cases.tsv", "results.tsv", "dice.png")]
+    draw_figure(results, _group_axes(axes), output / "dice.png")
+    names = ["cases.tsv", "results.tsv", "dice.png"]
+    if "method" in axes:
+        columns = (*_group_axes(axes), "reference_method", *DIFFERENCE_COLUMNS)
+        write_tsv(output / "differences.tsv", method_differences(cases, axes), columns)
+        names.append("differences.tsv")
+    return [output / name for name in names]
 
 
 RESULT_COLUMNS = (
@@ -217,13 +241,24 @@ RESULT_COLUMNS = (
     "sem",
     "seed_sd",
 )
+DIFFERENCE_COLUMNS = (
+    "structure",
+    "metric",
+    "n_seeds",
+    "n_cases",
+    "n_participants",
+    "difference",
+    "lower",
+    "upper",
+    "p",
+)
 PUBLISHED_COLUMNS = ("published_n_train", "published", "published_lower", "published_upper")
 
 
-def gather(experiment: Experiment, output: Path) -> list[Row]:
-    """Read the measured cases of all runs, each with its place in the grid."""
+def gather(runs: Sequence[Run], output: Path) -> list[Row]:
+    """Read the measured cases of finished runs, each with its place in the grid."""
     rows: list[Row] = []
-    for run in experiment.runs:
+    for run in runs:
         point = {key: _plain(value) for key, value in run.point.items()}
         rows += [{**point, **row} for row in read_cases(_folder(run, output) / "cases.tsv")]
     return rows
@@ -289,6 +324,60 @@ def aggregate(cases: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[R
                 }
             )
     return results
+
+
+def method_differences(cases: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[Row]:
+    """Compare the methods with the one without a split, in pairs of case and seed.
+
+    Parameters
+    ----------
+    cases
+        From :func:`gather`.
+    axes
+        Settings that vary, ``method`` among them; ``seed`` is averaged over.
+
+    Returns
+    -------
+    list of rows
+        One for each other method, point of the rest of the grid, structure and measure, over the
+        cases and seeds that both methods have. Without ``none`` among the methods there are none.
+    """
+    others = [axis for axis in axes if axis != "method"]
+    reference = {
+        (*(str(row[axis]) for axis in others), row["structure"], row["id"]): row
+        for row in cases
+        if row["method"] == "none"
+    }
+    groups: dict[tuple[str, ...], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    group_axes = _group_axes(axes)
+    for row in cases:
+        same = (*(str(row[axis]) for axis in others), row["structure"], row["id"])
+        if row["method"] != "none" and same in reference:
+            key = (*(str(row[axis]) for axis in group_axes), row["structure"])
+            groups.setdefault(key, []).append((row, reference[same]))
+    rows = []
+    for key, pairs in groups.items():
+        for metric in METRICS:
+            by_case: dict[tuple[str, str], list[float]] = {}
+            for ours, theirs in pairs:
+                difference = ours[metric] - theirs[metric]
+                if not math.isnan(difference):
+                    by_case.setdefault((ours["id"], ours["participant"]), []).append(difference)
+            estimate = bootstrap_mean(
+                [statistics.fmean(values) for values in by_case.values()],
+                [participant for _, participant in by_case],
+            )
+            rows.append(
+                {
+                    **dict(zip((*group_axes, "structure"), key, strict=True)),
+                    "reference_method": "none",
+                    "metric": metric,
+                    "n_seeds": len({str(ours.get("seed", "")) for ours, _ in pairs}),
+                    "difference": estimate.mean,
+                    **vars(estimate),
+                }
+            )
+    return rows
 
 
 def add_published(results: Sequence[Row], table: Path, chosen: Mapping[str, Any]) -> None:
@@ -379,28 +468,47 @@ def draw_figure(results: Sequence[Mapping[str, Any]], axes: Sequence[str], path:
 
 
 def _each(
-    waiting: Sequence[Run], experiment: Experiment, output: Path, jobs: int, device: str
+    waiting: Sequence[Run],
+    experiment: Experiment,
+    output: Path,
+    jobs: int,
+    device: str,
+    until: float,
 ) -> Iterator[tuple[Run, FdlError | None]]:
+    """Do the runs, beginning none after the time ``until``."""
     if jobs <= 1:
         for run in waiting:
+            if time.monotonic() >= until:
+                return
             yield run, _do(run, experiment, output, device, None)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    rest = iter(waiting)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures: dict[Future[FdlError | None], Run] = {
-            pool.submit(_do, run, experiment, output, device, threads): run for run in waiting
-        }
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except BrokenProcessPool:
-                yield (
-                    futures[future],
-                    TemporaryError(
-                        "a process was killed, perhaps for want of memory",
-                        "run the same command again with fewer --jobs; finished runs are kept",
-                    ),
-                )
+        futures: dict[Future[FdlError | None], Run] = {}
+        broken = False
+        while True:
+            while len(futures) < jobs and not broken and time.monotonic() < until:
+                following = next(rest, None)
+                if following is None:
+                    break
+                task = pool.submit(_do, following, experiment, output, device, threads)
+                futures[task] = following
+            if not futures:
+                return
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                run = futures.pop(future)
+                try:
+                    yield run, future.result()
+                except BrokenProcessPool:
+                    broken = True
+                    yield (
+                        run,
+                        TemporaryError(
+                            "a process was killed, perhaps for want of memory",
+                            "run the same command again with fewer --jobs; finished runs are kept",
+                        ),
+                    )
 
 
 def _do(

@@ -11,6 +11,7 @@ from fdl_bidsapp.training.experiment import (
     add_published,
     aggregate,
     make_experiment,
+    method_differences,
     run_experiment,
 )
 
@@ -28,7 +29,7 @@ def lines(path):
 def test_a_grid_ends_in_one_table_and_one_figure(grid, tmp_path):
     seen = []
     experiment = make_experiment(grid)
-    cases, results, figure = run_experiment(
+    cases, results, figure, differences = run_experiment(
         experiment, tmp_path / "out", device="cpu", progress=seen.append
     )
     assert len(seen) == 4
@@ -38,6 +39,9 @@ def test_a_grid_ends_in_one_table_and_one_figure(grid, tmp_path):
     assert len(rows) == 2 * 3 * len(METRICS)
     assert {row[head.index("n_seeds")] for row in rows} == {"2"}
     assert figure.stat().st_size > 1000
+    head, *rows = lines(differences)
+    assert len(rows) == 3 * len(METRICS)
+    assert {row[head.index("reference_method")] for row in rows} == {"none"}
 
 
 def test_finished_runs_are_not_done_again(grid, tmp_path, monkeypatch):
@@ -55,6 +59,18 @@ def test_one_failing_run_does_not_stop_the_others(grid, tmp_path):
         run_experiment(make_experiment(grid), tmp_path / "out", device="cpu")
     done = {path.parent.name for path in (tmp_path / "out/runs").glob("*/cases.tsv")}
     assert done == {f"method={m},n_train=2,seed={s}" for m in ("none", "late") for s in (0, 1)}
+
+
+def test_a_time_limit_leaves_tables_of_what_is_done(grid, tmp_path, monkeypatch):
+    two = {**grid, "grid": {**grid["grid"], "method": ["late"]}}
+    run_experiment(make_experiment(two), tmp_path / "out", device="cpu")
+    monkeypatch.setattr("fdl_bidsapp.training.experiment.fit", None)
+    seen = []
+    cases, *_ = run_experiment(
+        make_experiment(grid), tmp_path / "out", device="cpu", max_minutes=0, progress=seen.append
+    )
+    assert {line[0] for line in lines(cases)[1:]} == {"late"}
+    assert "2 of 4 runs are done" in seen[-1]
 
 
 @pytest.mark.real
@@ -78,10 +94,10 @@ def test_an_experiment_that_makes_no_sense_is_refused_at_once(changes, message):
         make_experiment({"table": "cases.tsv", "grid": {"seed": [0]}, **changes})
 
 
-def row(n, seed, case, value):
+def row(n, seed, case, value, method="late"):
     values = dict.fromkeys(METRICS, value)
     return {
-        "method": "late",
+        "method": method,
         "n_train": n,
         "seed": seed,
         "id": case,
@@ -99,6 +115,18 @@ def test_seeds_are_averaged_within_each_case():
     # The seeds differ, the participants do not.
     assert dice["upper"] - dice["lower"] == pytest.approx(0, abs=1e-9)
     assert dice["seed_sd"] == pytest.approx(0.1 / math.sqrt(2))
+
+
+def test_methods_are_compared_in_pairs_of_case_and_seed():
+    cases = [row("4", s, c, 0.5 + int(c) / 10, "none") for s in "01" for c in "012"]
+    cases += [row("4", s, c, 0.6 + int(c) / 10, "late") for s in "01" for c in "012"]
+    # A seed that only one method has yet does not enter.
+    cases += [row("4", "2", c, 0.0, "late") for c in "012"]
+    one = method_differences(cases, ("method", "n_train", "seed"))[0]
+    assert (one["method"], one["n_train"], one["n_seeds"], one["n_cases"]) == ("late", "4", 2, 3)
+    assert one["difference"] == pytest.approx(0.1)
+    # The cases differ much, the differences not at all.
+    assert one["upper"] - one["lower"] == pytest.approx(0, abs=1e-9)
 
 
 def test_published_values_stand_beside_ours(tmp_path):
