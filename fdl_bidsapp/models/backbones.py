@@ -30,23 +30,29 @@ class Backbone(Protocol):
         ...
 
 
-def convolution_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
-    """Make a 3 × 3 × 3 convolution, an affine instance normalisation and a leaky ReLU.
+def convolution_block(
+    in_channels: int, out_channels: int, stride: int = 1, dimensions: int = 3
+) -> nn.Sequential:
+    """Make a convolution of width three, an affine instance normalisation and a leaky ReLU.
 
     Examples
     --------
     >>> convolution_block(2, 4)(torch.rand(1, 2, 5, 6, 7)).shape
     torch.Size([1, 4, 5, 6, 7])
     """
+    convolution, normalisation = {
+        2: (nn.Conv2d, nn.InstanceNorm2d),
+        3: (nn.Conv3d, nn.InstanceNorm3d),
+    }[dimensions]
     return nn.Sequential(
-        nn.Conv3d(in_channels, out_channels, 3, stride, padding=1, bias=False),
-        nn.InstanceNorm3d(out_channels, affine=True),
+        convolution(in_channels, out_channels, 3, stride, padding=1, bias=False),
+        normalisation(out_channels, affine=True),
         nn.LeakyReLU(0.01, inplace=True),
     )
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Repeat the far border of a volume until its axes are multiples, at least twofold.
+    """Repeat the far border of an image until its axes are multiples, at least twofold.
 
     Two samples at the deepest level are the least that can be normalised.
 
@@ -59,17 +65,20 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     missing = [size - n for size, n in zip(sizes, x.shape[2:], strict=True)]
     if not any(missing):
         return x
-    return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
+    padding = [amount for n in reversed(missing) for amount in (0, n)]
+    return F.pad(x, padding, mode="replicate")
 
 
-class UNet3d(nn.Module):
-    """A plain 3-D U-Net: two convolutions a level, strided convolutions down, transposed ones up.
+class UNet(nn.Module):
+    """A plain U-Net: two convolutions a level, strided convolutions down, transposed ones up.
 
     Any grid is accepted: it is padded to a multiple of ``2 ** (levels - 1)`` inside, by repeating
     its border, and cropped again.
 
     Parameters
     ----------
+    dimensions
+        2 or 3.
     in_channels
         Channels of the input.
     width
@@ -86,12 +95,18 @@ class UNet3d(nn.Module):
 
     Examples
     --------
-    >>> UNet3d(1, width=4, levels=3).features(torch.rand(1, 1, 9, 12, 7)).shape
-    torch.Size([1, 4, 9, 12, 7])
+    >>> UNet(2, 1, width=4, levels=3).features(torch.rand(1, 1, 9, 12)).shape
+    torch.Size([1, 4, 9, 12])
     """
 
     def __init__(
-        self, in_channels: int, *, width: int = 12, levels: int = 4, max_width: int = 128
+        self,
+        dimensions: int,
+        in_channels: int,
+        *,
+        width: int = 12,
+        levels: int = 4,
+        max_width: int = 128,
     ) -> None:
         super().__init__()
         _in_range("in_channels", in_channels, 1, 256)
@@ -103,24 +118,28 @@ class UNet3d(nn.Module):
         self.multiple = 1 << (levels - 1)
         self.encoders = nn.ModuleList(
             nn.Sequential(
-                convolution_block(above, here, stride=2 if level else 1),
-                convolution_block(here, here),
+                convolution_block(above, here, 2 if level else 1, dimensions),
+                convolution_block(here, here, 1, dimensions),
             )
             for level, (above, here) in enumerate(
                 zip([in_channels, *widths[:-1]], widths, strict=True)
             )
         )
         upwards = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
+        transposed = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dimensions]
         self.ups = nn.ModuleList(
-            nn.ConvTranspose3d(below, here, kernel_size=2, stride=2) for below, here in upwards
+            transposed(below, here, kernel_size=2, stride=2) for below, here in upwards
         )
         self.decoders = nn.ModuleList(
-            nn.Sequential(convolution_block(2 * here, here), convolution_block(here, here))
+            nn.Sequential(
+                convolution_block(2 * here, here, 1, dimensions),
+                convolution_block(here, here, 1, dimensions),
+            )
             for _, here in upwards
         )
 
     def features(self, x: Tensor) -> Tensor:
-        """Take ``(B, in_channels, X, Y, Z)`` to ``(B, width, X, Y, Z)``."""
+        """Take ``(B, in_channels, *shape)`` to ``(B, width, *shape)``."""
         shape = x.shape[2:]
         x = pad_to_multiple(x, self.multiple)
         skips: list[Tensor] = []
@@ -130,7 +149,23 @@ class UNet3d(nn.Module):
         skips.pop()
         for up, decoder in zip(self.ups, self.decoders, strict=True):
             x = decoder(torch.cat([up(x), skips.pop()], dim=1))
-        return x[..., : shape[0], : shape[1], : shape[2]]
+        inside = (slice(None), slice(None), *(slice(n) for n in shape))
+        return x[inside]
+
+
+class UNet3d(UNet):
+    """A :class:`UNet` on volumes.
+
+    Examples
+    --------
+    >>> UNet3d(1, width=4, levels=3).features(torch.rand(1, 1, 9, 12, 7)).shape
+    torch.Size([1, 4, 9, 12, 7])
+    """
+
+    def __init__(
+        self, in_channels: int, *, width: int = 12, levels: int = 4, max_width: int = 128
+    ) -> None:
+        super().__init__(3, in_channels, width=width, levels=levels, max_width=max_width)
 
 
 class MonaiBackbone(nn.Module):
