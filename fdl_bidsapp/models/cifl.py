@@ -1,0 +1,202 @@
+"""Contrast-invariant features: a small network that sees shapes, whatever their contrast.
+
+The network is eight convolutions of width three with leaky ReLUs between them; its receptive field
+is 17 pixels. It is trained on random shapes alone (:mod:`fdl_bidsapp.training.cifl`). In training
+each channel's whole map is a unit vector over space; what goes into other networks has unit length
+over the channels at each pixel.
+
+Source: Chua and Dalca, "Contrast Invariant Feature Representations for Segmentation and
+Registration of Medical Images", MIDL 2023 short papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdl_bidsapp.errors import ModelError
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Everything but the weights that is needed to compute features.
+
+    Attributes
+    ----------
+    name
+        Name of the network.
+    dimensions
+        2 for slices, 3 for volumes.
+    channels
+        Features of each pixel.
+    width
+        Channels of the layers between.
+    layers
+        Convolutions.
+    provenance
+        How the network came to be, JSON values.
+
+    Raises
+    ------
+    ModelError
+        A value is out of its range.
+    """
+
+    name: str
+    dimensions: int = 3
+    channels: int = 16
+    width: int = 32
+    layers: int = 8
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "dimensions": (2, 3),
+            "channels": (2, 128),
+            "width": (1, 256),
+            "layers": (1, 32),
+        }
+        if not self.name or not self.name.isprintable():
+            raise ModelError(f"the network's name is {self.name!r}", "it has to be one line")
+        for name, (lowest, highest) in ranges.items():
+            value = getattr(self, name)
+            if type(value) is not int or not lowest <= value <= highest:
+                raise ModelError(
+                    f"the feature network's {name} is {value!r}",
+                    f"give a whole number from {lowest} to {highest}",
+                )
+
+
+class FeatureNetwork(nn.Module):
+    """Convolutions and leaky ReLUs, the last layer linear.
+
+    Parameters
+    ----------
+    spec
+        What to build.
+
+    Examples
+    --------
+    >>> network = FeatureNetwork(FeatureSpec("example", dimensions=2, channels=4, width=6))
+    >>> network(torch.rand(1, 1, 12, 10)).shape, len(network.layers)
+    (torch.Size([1, 4, 12, 10]), 8)
+    """
+
+    def __init__(self, spec: FeatureSpec) -> None:
+        super().__init__()
+        self.channels = spec.channels
+        self.memory_format = torch.channels_last if spec.dimensions == 2 else torch.channels_last_3d
+        convolution = nn.Conv2d if spec.dimensions == 2 else nn.Conv3d
+        widths = [1, *[spec.width] * (spec.layers - 1), spec.channels]
+        layers = [convolution(above, here, 3, padding=1) for above, here in pairwise(widths)]
+        for layer in layers:
+            nn.init.kaiming_normal_(layer.weight, a=0.1)
+            nn.init.zeros_(cast(Tensor, layer.bias))
+        self.layers = nn.ModuleList(layers)
+        # Its stub knows channels-last for 2-D networks only.
+        self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Compute the channels, not normalised.
+
+        Parameters
+        ----------
+        image : (B, 1, *shape) tensor
+            From 0 to 1.
+
+        Returns
+        -------
+        (B, channels, *shape) tensor
+        """
+        x = image.contiguous(memory_format=self.memory_format)
+        for layer in self.layers[:-1]:
+            x = F.leaky_relu(layer(x), 0.1, inplace=True)
+        return self.layers[-1](x)
+
+
+def unit_maps(features: Tensor, centred: bool = False) -> Tensor:
+    """Make each channel's whole map a unit vector over space.
+
+    Parameters
+    ----------
+    features : (B, C, *shape) tensor
+    centred
+        Whether to take each map's mean out first.
+
+    Returns
+    -------
+    (B, C, N) float32 tensor
+
+    Examples
+    --------
+    >>> maps = unit_maps(torch.tensor([[[[3.0, 4.0]], [[0.0, -2.0]]]]))
+    >>> maps.tolist()
+    [[[0.6..., 0.8...], [0.0, -1.0]]]
+    """
+    maps = features.flatten(2).float()
+    if centred:
+        maps = maps - maps.mean(2, keepdim=True)
+    return F.normalize(maps, dim=2)
+
+
+def unit_pixels(features: Tensor) -> Tensor:
+    """Give the features of each pixel unit length over the channels.
+
+    Parameters
+    ----------
+    features : (B, C, *shape) tensor
+
+    Examples
+    --------
+    >>> unit_pixels(torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1)).flatten().tolist()
+    [0.6..., 0.8...]
+    """
+    return F.normalize(features.float(), dim=1)
+
+
+def cifl_loss(
+    first: Tensor,
+    second: Tensor,
+    *,
+    tau_match: float = 0.1,
+    tau_total: float = 0.1,
+    tau_channels: float = 1.0,
+    centred: bool = False,
+) -> Tensor:
+    """Return how unlike the channels of two views are, and how alike those of one view.
+
+    With r1 and r2 the unit maps of :func:`unit_maps`, the mean over the batch of
+
+        -log Σ_c exp(r1_c·r2_c / τα)
+             / [Σ_c exp(r1_c·r2_c / τβ) + Σ_c Σ_{c'≠c} exp(r1_c·r1_c' / τγ)]
+
+    Parameters
+    ----------
+    first, second : (B, C, *shape) tensors
+        Features of two images of one anatomy.
+    tau_match, tau_total, tau_channels
+        The temperatures τα, τβ and τγ.
+    centred
+        Whether each map's mean is taken out before products are formed.
+
+    Examples
+    --------
+    >>> one_map_each = torch.eye(2).reshape(1, 2, 1, 2)
+    >>> loss = cifl_loss(one_map_each, one_map_each, tau_match=1, tau_total=1)
+    >>> round(float(loss), 4)  # log((2e + 2) / 2e)
+    0.3133
+    """
+    r1, r2 = unit_maps(first, centred), unit_maps(second, centred)
+    match = (r1 * r2).sum(2)
+    products = r1 @ r1.transpose(1, 2)
+    others = ~torch.eye(r1.shape[1], dtype=torch.bool, device=r1.device)
+    unlike = products[:, others] / tau_channels
+    # In logarithms throughout: exp(1 / 0.01) is beyond float32.
+    total = torch.cat([match / tau_total, unlike], dim=1).logsumexp(1)
+    return (total - (match / tau_match).logsumexp(1)).mean()
