@@ -1,5 +1,7 @@
 """Train the first default model: late fusion on simulated heads, from nothing but this package.
 
+Two networks: a coarse one finds the region of the nuclei, the other segments them there.
+
     python benchmarks/first_model.py CACHE OUTPUT.safetensors [--heads 64] [--minutes 75]
 
 Run it again after an interruption and it goes on. Seeds from 0 up are for training;
@@ -12,26 +14,33 @@ import argparse
 import itertools
 import platform
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fdl_bidsapp.imaging.grid import Grid
-from fdl_bidsapp.labels import by_abbreviation, mirrored
+from fdl_bidsapp.labels import Label, by_abbreviation, mirrored
 from fdl_bidsapp.models.bundle import save_bundle
 from fdl_bidsapp.models.fdl import ModelSpec, build_network
 from fdl_bidsapp.models.inference import resolve_device
 from fdl_bidsapp.simulation.scan import draw_protocol
-from fdl_bidsapp.training.data import SimulatedPatches, cache_simulated_scan
-from fdl_bidsapp.training.loop import Schedule, train
+from fdl_bidsapp.training.data import SimulatedPatches, SimulatedRegions, cache_simulated_scan
+from fdl_bidsapp.training.loop import Schedule, Trained, train
 from fdl_bidsapp.training.losses import dice_cross_entropy_loss
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 CONTRASTS = {"qsm": 0.4, "r2star": 0.25, "imag": 0.25, "swi": 0.1}
+
+
+GRID = (88, 104, 96)
+"""Holds the nuclei of a large head, with room for 8 mm of error of the centre."""
+JITTER = (8.0, 8.0, 8.0)
+"""Largest distance of a patch's centre from the nuclei's, in mm."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +55,22 @@ class Phase:
         Factor on the learning rate.
     structure_weight
         In the cross-entropy.
-    patches
-        Shape, jitter of its centre, probability.
+    patch
+        Its shape.
     """
 
     share: float
     rate: float
     structure_weight: float
-    patches: tuple[tuple[tuple[int, int, int], tuple[int, int, int], float], ...]
+    patch: tuple[int, int, int]
 
 
-# Weighted voxels find the structures soon; then their true size is learnt; last, on patches up to
-# the whole grid, what is none of them though it looks alike. The patches lie far off the centre of
-# the nuclei, most of all sideways: else the side is read from the patch's border, which a whole
-# scan does not have.
+# Weighted voxels find the structures soon, then their true size is learnt, last on the model's own
+# grid.
 PHASES = {
-    "find": Phase(
-        0.25, 1.0, 20.0, (((64, 72, 64), (20, 10, 10), 0.85), ((96, 96, 80), (25, 18, 18), 0.15))
-    ),
-    "draw": Phase(
-        0.35, 1.0, 1.0, (((80, 88, 72), (25, 16, 14), 0.85), ((112, 128, 96), (25, 25, 25), 0.15))
-    ),
-    "reject": Phase(
-        0.4, 0.6, 1.0, (((112, 128, 96), (25, 25, 25), 0.75), ((160, 160, 128), (15, 25, 30), 0.25))
-    ),
+    "find": Phase(0.2, 1.0, 20.0, (64, 80, 64)),
+    "draw": Phase(0.45, 1.0, 1.0, (72, 88, 72)),
+    "whole": Phase(0.35, 0.6, 1.0, GRID),
 }
 
 
@@ -92,46 +93,87 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--steps", type=int, default=40000)
+    parser.add_argument("--locator-steps", type=int, default=1500)
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    labels = by_abbreviation(["RNL", "RNR", "DNL", "DNR"])
-    spec = ModelSpec(
-        "default",
-        method="late",
-        backbone_options={"width": options.width, "levels": 5},
-        fusion_channels=options.width,
-        contrasts=tuple(CONTRASTS),
-        labels=labels,
-    )
-    grid = Grid(spec.grid_shape, spec.grid_spacing)
+    spec = specification(options.width)
+    grid = Grid(spacing=spec.grid_spacing)
     seeds = list(itertools.islice(filter(ordinary, itertools.count()), options.heads))
     with ProcessPoolExecutor(options.processes) as pool:
         jobs = [
-            pool.submit(cache_simulated_scan, options.cache, seed, grid, len(labels))
+            pool.submit(cache_simulated_scan, options.cache, seed, grid, len(spec.labels))
             for seed in seeds
         ]
         files = [job.result() for job in jobs]
 
-    torch.manual_seed(options.seed)
-    network = build_network(spec)
-    patches = SimulatedPatches(
-        files, dict(spec.intensity), mirrored(labels), CONTRASTS, severity=0.4
+    started = time.time()
+    folder = options.output.with_suffix(".run")
+    parts = train_parts(spec, files, folder, options)
+    locator = train_locator(spec, files, folder, options)
+    provenance = {
+        "data": f"{len(files)} simulated heads: those of ordinary protocols among seeds 0 to "
+        f"{seeds[-1]}",
+        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; three phases",
+        "steps": parts.steps,
+        "steps_of_locator": locator.steps,
+        "seed": options.seed,
+        "trained_on": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "finished": time.strftime("%Y-%m-%d"),
+    }
+    final = replace(spec, provenance=provenance)
+    network = build_network(final)
+    assert network.locator is not None
+    network.locator.load_state_dict(locator.network.state_dict())
+    network.load_state_dict(parts.network.state_dict(), strict=False)
+    digest = save_bundle(options.output, network, final)
+    seconds = time.time() - started
+    print(f"{options.output}: {parts.steps} steps, SHA-256 {digest}, {seconds:.0f} s")
+
+
+def specification(width: int) -> ModelSpec:
+    """Return what is trained."""
+    region = Label(1, "Region of the nuclei", "REGION", "region", "n/a", None, "#ffffff")
+    locator = ModelSpec(
+        "default-locator",
+        method="none",
+        backbone_options={"width": 8, "levels": 4},
+        grid_shape=(56, 56, 48),
+        grid_spacing=(3.0, 3.0, 3.0),
+        contrasts=tuple(CONTRASTS),
+        labels=(region,),
+    )
+    return ModelSpec(
+        "default",
+        method="late",
+        backbone_options={"width": width, "levels": 4},
+        fusion_channels=width,
+        grid_shape=GRID,
+        contrasts=tuple(CONTRASTS),
+        labels=by_abbreviation(["RNL", "RNR", "DNL", "DNR"]),
+        locator=locator,
     )
 
-    started = time.time()
-    device = resolve_device("auto")
+
+def train_parts(
+    spec: ModelSpec, files: Sequence[Path], folder: Path, options: argparse.Namespace
+) -> Trained:
+    """Train the network that segments, phase by phase."""
+    torch.manual_seed(options.seed)
+    network: torch.nn.Module = build_network(replace(spec, locator=None))
+    patches = SimulatedPatches(
+        files, dict(spec.intensity), mirrored(spec.labels), CONTRASTS, severity=0.4
+    )
     steps = 0
     for name, phase in PHASES.items():
 
         def draw(step: int, _: float, phase: Phase = phase, first: int = steps) -> Batch:
             rng = np.random.default_rng([options.seed, first, step])
-            which = int(rng.choice(len(phase.patches), p=[share for *_, share in phase.patches]))
-            shape, jitter, _ = phase.patches[which]
-            return patches.draw(rng, shape, jitter)
+            return patches.draw(rng, phase.patch, JITTER)
 
         def loss(
             outputs: list[torch.Tensor], classes: torch.Tensor, phase: Phase = phase
@@ -143,24 +185,34 @@ def main() -> None:
             learning_rate=options.learning_rate * phase.rate,
             max_minutes=options.minutes * phase.share,
         )
-        folder = options.output.with_suffix(".run") / name
-        trained = train(network, draw, loss, schedule, folder, device)
+        trained = train(network, draw, loss, schedule, folder / name, resolve_device("auto"))
         network.load_state_dict(trained.network.state_dict())
         steps += trained.steps
-    provenance = {
-        "data": f"{len(files)} simulated heads: those of ordinary protocols among seeds 0 to "
-        f"{seeds[-1]}",
-        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; three phases",
-        "steps": steps,
-        "seed": options.seed,
-        "trained_on": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "finished": time.strftime("%Y-%m-%d"),
-    }
-    final = ModelSpec(**{**vars(spec), "provenance": provenance})
-    digest = save_bundle(options.output, trained.network, final)
-    seconds = time.time() - started
-    print(f"{options.output}: {steps} steps, SHA-256 {digest}, {seconds:.0f} s")
+    return replace(trained, steps=steps)
+
+
+def train_locator(
+    spec: ModelSpec, files: Sequence[Path], folder: Path, options: argparse.Namespace
+) -> Trained:
+    """Train the network that finds the region."""
+    assert spec.locator is not None
+    torch.manual_seed(options.seed)
+    regions = SimulatedRegions(files, dict(spec.locator.intensity), CONTRASTS, severity=0.7)
+
+    def draw(step: int, _: float) -> Batch:
+        return regions.draw(np.random.default_rng([options.seed, 9, step]))
+
+    def loss(outputs: list[torch.Tensor], classes: torch.Tensor) -> torch.Tensor:
+        return dice_cross_entropy_loss(outputs[0], classes)
+
+    return train(
+        build_network(spec.locator),
+        draw,
+        loss,
+        Schedule(options.locator_steps, learning_rate=options.learning_rate),
+        folder / "locator",
+        resolve_device("auto"),
+    )
 
 
 if __name__ == "__main__":

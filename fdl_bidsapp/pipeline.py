@@ -5,18 +5,21 @@ The Nipype interfaces and the toolbox command both are thin shells around these.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import nibabel as nib
 import numpy as np
 
 from fdl_bidsapp.bids.inputs import Scan, Source
-from fdl_bidsapp.errors import DataError, ImageError, InputMissingError
+from fdl_bidsapp.errors import DataError, FdlError, ImageError, InputMissingError
 from fdl_bidsapp.imaging.grid import (
+    Box,
+    Corner,
     Grid,
     LoadedImage,
     blend,
@@ -88,7 +91,8 @@ class Canvas:
     box
         (3, 2) ints: start and stop of the field of view on the canvas.
     starts
-        (W, 3) ints: corners of the model's windows on the head, the most promising first.
+        (W, 3) ints: corners of the model's windows on the head, the most promising first; none for
+        a model that locates its window itself.
     reserve
         (V, 3) ints: corners of further windows, with which all of the field of view is covered.
     """
@@ -132,12 +136,16 @@ class StandardSpace:
         Its voxels to the space's coordinates, mm.
     transform
         Composite transform file from the scan to the template.
+    image, template : (X, Y, Z) float32 arrays
+        What was registered, moved to the template, and the template itself.
     """
 
     space: str
     labels: Array
     affine: Array
     transform: Path
+    image: Array
+    template: Array
 
 
 def choose_target(available: Sequence[str], wanted: str, allowed: Sequence[str]) -> str:
@@ -302,6 +310,10 @@ def to_canvas(images: ScanImages, spec: ModelSpec) -> Canvas:
     }
     shape, affine, box = canvas_geometry(native[images.target], grid)
     maps = {contrast: conform(native[contrast], shape, affine) for contrast in used}
+    bounds = np.array([(side.start, side.stop) for side in box])
+    if spec.locator is not None:
+        nowhere = np.empty((0, 3), int)
+        return Canvas(images.target, maps, affine, bounds, nowhere, nowhere)
     # The head is seen best in the magnitude.
     outline = "imag" if "imag" in native else images.target
     outlined = maps.get(outline)
@@ -311,7 +323,6 @@ def to_canvas(images: ScanImages, spec: ModelSpec) -> Canvas:
     everything = np.zeros(shape, bool)
     everything[box] = True
     reserve = [start for start in windows(everything, box, grid) if start not in starts]
-    bounds = np.array([(side.start, side.stop) for side in box])
     return Canvas(
         images.target,
         maps,
@@ -332,9 +343,13 @@ def segment_canvas(
 ) -> tuple[Array, Array]:
     """Run the network on a canvas.
 
-    The first window is enough where it holds every structure with room to spare. Where it does
-    not, all windows on the head are run and blended; where a structure is missing even then, the
-    head may have been taken for something else, and the rest of the field of view is searched too.
+    A model with a locator looks at one window, around the region that it finds; a second time where
+    the structures found show that the window lies badly. Without the region there is nothing.
+
+    Without a locator the first window is enough where it holds every structure with room to spare.
+    Where it does not, all windows on the head are run and blended; where a structure is missing
+    even then, the head may have been taken for something else, and the rest of the field of view is
+    searched too.
 
     Parameters
     ----------
@@ -355,13 +370,13 @@ def segment_canvas(
 
     spec = bundle.spec
     grid = Grid(spec.grid_shape, spec.grid_spacing)
-    box = tuple(slice(int(a), int(b)) for a, b in canvas.box)
+    box = cast("Box", tuple(slice(int(a), int(b)) for a, b in canvas.box))
     starts, reserve = (
         [(int(i), int(j), int(k)) for i, j, k in corners]
         for corners in (canvas.starts, canvas.reserve)
     )
 
-    def run(start: tuple[int, int, int]) -> Array:
+    def run(start: Corner) -> Array:
         place = tuple(slice(s, s + n) for s, n in zip(start, grid.shape, strict=True))
         cut = {}
         for contrast, data in canvas.maps.items():
@@ -373,14 +388,30 @@ def segment_canvas(
             return np.zeros((len(spec.labels), *grid.shape), np.float32)
         return predict(network, spec, cut, canvas.target, device, flips=flips, bank=bundle.bank)
 
-    first = run(starts[0])
-    alone = not reserve and len(starts) == 1
-    if alone or complete(first > 0.5, starts[0], box, grid):  # type: ignore[arg-type]
+    def alone(window: Array, start: Corner) -> tuple[Array, Array]:
         affine = canvas.affine.copy()
-        affine[:3, 3] = (canvas.affine @ [*starts[0], 1])[:3]
-        return crop_to(first, affine)
+        affine[:3, 3] = (canvas.affine @ [*start, 1])[:3]
+        return crop_to(window, affine)
 
-    def each(corners: Sequence[tuple[int, int, int]]) -> Iterator[Array]:
+    if network.locator is not None:
+        centre = _located(canvas, spec, network.locator, device)
+        if centre is None:
+            return np.zeros((len(spec.labels), 1, 1, 1), np.float32), canvas.affine
+        start = _around(centre, canvas, grid)
+        window = run(start)
+        found = window > 0.5
+        if found.any() and not complete(found, start, box, grid):
+            places = np.argwhere(found.any(0)) + start
+            start = _around((places.min(0) + places.max(0)) / 2, canvas, grid)
+            window = run(start)
+        return alone(window, start)
+
+    first = run(starts[0])
+    one = not reserve and len(starts) == 1
+    if one or complete(first > 0.5, starts[0], box, grid):
+        return alone(first, starts[0])
+
+    def each(corners: Sequence[Corner]) -> Iterator[Array]:
         yield first
         yield from (run(start) for start in corners[1:])
 
@@ -389,6 +420,34 @@ def segment_canvas(
     if reserve and not (blended > 0.5).any(axis=(1, 2, 3)).all():
         blended = blend(each(starts + reserve), starts + reserve, shape)
     return crop_to(blended, canvas.affine)
+
+
+def _located(
+    canvas: Canvas, spec: ModelSpec, locator: FusionNetwork, device: torch.device
+) -> Array | None:
+    """Return the centre of the region of the nuclei in voxels of the canvas."""
+    from fdl_bidsapp.models.inference import locate
+
+    assert spec.locator is not None
+    coarse = Grid(spec.locator.grid_shape, spec.locator.grid_spacing)
+    view = tuple(slice(int(a), int(b)) for a, b in canvas.box)
+    corner = canvas.affine.copy()
+    corner[:3, 3] = (canvas.affine @ [*canvas.box[:, 0], 1])[:3]
+    image = nib.Nifti1Image(canvas.maps[canvas.target][view], corner)
+    shape, affine, _ = canvas_geometry(image, coarse)
+    data = normalise(conform(image, shape, affine), spec.locator.intensity[canvas.target])
+    centre = locate(locator, data, device)
+    if centre is None:
+        return None
+    return np.asarray((np.linalg.inv(canvas.affine) @ affine @ [*centre, 1])[:3])
+
+
+def _around(centre: Array, canvas: Canvas, grid: Grid) -> Corner:
+    """Return the start of the window that lies best around a place on the canvas."""
+    shape = np.array(canvas.maps[canvas.target].shape)
+    start = np.round(np.asarray(centre) - (np.array(grid.shape) - 1) / 2).astype(int)
+    i, j, k = np.clip(start, 0, shape - grid.shape)
+    return int(i), int(j), int(k)
 
 
 def to_native(
@@ -435,7 +494,8 @@ def to_standard(
     from fdl_bidsapp.imaging.registration import register_to_template, template
 
     moving = nib.Nifti1Image(images.maps.get("imag", images.maps[images.target]), images.affine)
-    registration = register_to_template(moving, template(), folder, seed)
+    fixed = template()
+    registration = register_to_template(moving, fixed, folder, seed)
     labels = nib.Nifti1Image(segmentation.labels.astype(np.float32), images.affine)
     moved = registration.apply(labels, "genericLabel")
     return StandardSpace(
@@ -443,6 +503,8 @@ def to_standard(
         np.rint(np.asarray(moved.dataobj)).astype(np.uint8),
         np.asarray(moved.affine, float),
         registration.forward,
+        np.asarray(registration.apply(moving, "linear").dataobj, np.float32),
+        np.asarray(fixed.dataobj, np.float32),
     )
 
 
@@ -515,3 +577,49 @@ def _brain_volume(path: Path, notes: list[str]) -> float | None:
         return None
     voxel = float(abs(np.linalg.det(image.affine[:3, :3])))
     return float(np.count_nonzero(np.asarray(image.dataobj) > 0.5)) * voxel
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes on disk for one scan.
+
+    Attributes
+    ----------
+    work
+        Intermediate files.
+    output
+        Derivatives, before compression.
+    """
+
+    work: int
+    output: int
+
+
+def space_needed(scan: Scan, target: str, spec: ModelSpec, probabilities: bool = False) -> Space:
+    """Reckon from the headers what a scan takes on disk; 0 where they cannot be read.
+
+    Parameters
+    ----------
+    scan
+        The scan.
+    target
+        ``auto`` or a contrast.
+    spec
+        The model's specification: grid, contrasts, labels.
+    probabilities
+        Whether probabilities are written.
+    """
+    try:
+        chosen = choose_target([each.contrast for each in scan.sources], target, spec.contrasts)
+        image = nib.load(_source(scan, chosen).paths[0])
+        shape, _, _ = canvas_geometry(image, Grid(spec.grid_shape, spec.grid_spacing))
+    except (FdlError, OSError, ValueError, nib.filebasedimages.ImageFileError):
+        return Space(0, 0)
+    native, canvas = math.prod(image.shape[:3]), math.prod(shape)
+    maps, structures = len(scan.sources), len(spec.labels)
+    used = maps if spec.method == "multimodal" else 1
+    value = np.dtype(np.float32).itemsize
+    return Space(
+        value * (native * maps + canvas * (used + structures)),
+        native * (1 + structures + (value * structures if probabilities else 0)),
+    )

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fdl_bidsapp.bids.inputs import Scan, Source
 from fdl_bidsapp.errors import AmbiguousInputError, DataError, ImageError, InputMissingError
@@ -195,6 +196,62 @@ def test_the_rest_is_searched_only_where_something_is_missing(windows_run, blobs
     seen, probabilities = windows_run(canvas_of(far, starts, reserve))
     assert seen > 2
     assert (probabilities > 0.5).any(axis=(1, 2, 3)).all()
+
+
+@pytest.fixture
+def located(monkeypatch, blob_model):
+    """Give a function that segments a canvas around a centre and tells how often."""
+    bundle = load_bundle(blob_model)
+    network = bundle.network()
+    network.locator = nn.Identity()
+
+    def run(canvas: Canvas, centre: tuple[float, float, float] | None) -> tuple[int, tuple]:
+        from fdl_bidsapp import pipeline
+        from fdl_bidsapp.models import inference
+
+        seen = []
+        predict = inference.predict
+
+        def counted(*arguments: object, **options: object) -> np.ndarray:
+            seen.append(1)
+            return predict(*arguments, **options)  # type: ignore[arg-type]
+
+        where = None if centre is None else np.array(centre)
+        monkeypatch.setattr(pipeline, "_located", lambda *_: where)
+        monkeypatch.setattr(inference, "predict", counted)
+        result = segment_canvas(canvas, bundle, network, CPU)
+        monkeypatch.setattr(inference, "predict", predict)
+        return len(seen), result
+
+    return run
+
+
+def centres(probabilities: np.ndarray, affine: np.ndarray) -> list:
+    return [
+        np.round((affine @ [*np.argwhere(each > 0.5).mean(0), 1])[:3]).tolist()
+        for each in probabilities
+    ]
+
+
+def test_a_located_window_is_one_look_and_finds_the_place(located, blobs):
+    data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
+    looks, (probabilities, affine) = located(canvas_of(data, [], []), (12, 15, 16))
+    assert looks == 1
+    assert centres(probabilities, affine) == [[5, 16, 16], [16, 16, 16]]
+
+
+def test_a_window_that_lies_badly_is_placed_again_by_what_it_found(located, blobs):
+    data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
+    looks, (probabilities, affine) = located(canvas_of(data, [], []), (24, 15, 16))
+    assert looks == 2
+    assert centres(probabilities, affine) == [[5, 16, 16], [16, 16, 16]]
+
+
+def test_without_the_region_nothing_is_found(located, blobs):
+    data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
+    looks, (probabilities, _) = located(canvas_of(data, [], []), None)
+    assert looks == 0
+    assert not probabilities.any()
 
 
 def test_windows_without_any_contrast_are_left_out(windows_run, blobs):

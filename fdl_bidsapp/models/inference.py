@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 
 from fdl_bidsapp.errors import ModelError, TemporaryError, UsageError
@@ -15,6 +16,8 @@ from fdl_bidsapp.models.fdl import FusionNetwork, ModelSpec
 from fdl_bidsapp.models.fourier import low_part
 
 DEVICES = ("auto", "cpu", "cuda")
+LOCATED = 0.3
+"""Least probability of the region of the nuclei; a doubtful place is better tried than left."""
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -130,6 +133,39 @@ def predict(
         ) from error
 
 
+@torch.inference_mode()
+def locate(
+    network: FusionNetwork, image: NDArray[np.float32], device: torch.device
+) -> tuple[float, float, float] | None:
+    """Find the region of the nuclei in a whole field of view.
+
+    Parameters
+    ----------
+    network
+        A locator in evaluation mode, on ``device``.
+    image : (X, Y, Z) float array
+        Normalised, at the locator's spacing, of any shape.
+    device
+        Where to compute.
+
+    Returns
+    -------
+    (x, y, z) or None
+        Centre of the region in voxels; ``None`` where there is none.
+    """
+    volume = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).to(device)
+    dtype = autocast_dtype(device)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        (logits,) = network(volume[None, None])
+    inside = logits[0].float().softmax(0)[1].cpu().numpy()
+    parts, n = ndimage.label(inside > LOCATED)
+    if not n:
+        return None
+    weights = ndimage.sum_labels(inside, parts, range(1, n + 1))
+    x, y, z = ndimage.center_of_mass(inside, parts, int(np.argmax(weights)) + 1)
+    return float(x), float(y), float(z)
+
+
 def _volume(image: NDArray[np.float32], spec: ModelSpec, device: torch.device) -> Tensor:
     if image.shape != tuple(spec.grid_shape):
         raise ValueError(f"the image is {image.shape}, the model's grid {spec.grid_shape}")
@@ -148,7 +184,7 @@ def _probabilities(
     volume = volumes[target]
     others: list[Tensor] = []
     if average and spec.method == "multimodal":
-        others = other_low_parts(spec, volumes, target, bank)
+        others = other_low_parts(spec, volumes, target, bank, network.front)
     dtype = autocast_dtype(volume.device)
     with torch.autocast(volume.device.type, dtype, enabled=dtype is not None):
         logits = network(volume, others)
@@ -160,6 +196,7 @@ def other_low_parts(
     volumes: Mapping[str, Tensor],
     target: str,
     bank: Mapping[str, Sequence[Tensor]],
+    front: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
     """Collect the low parts of the contrasts beside the target.
 
@@ -170,16 +207,19 @@ def other_low_parts(
     ----------
     volumes : contrast → (1, 1, X, Y, Z) tensor
         The subject's images, the target among them.
+    front
+        The model's features of an image; the identity where it has none.
 
     Returns
     -------
-    list of (1, 1, n1, n2, n3) tensors
+    list of (1, C, n1, n2, n3) tensors
 
     Examples
     --------
     >>> spec = ModelSpec("example", contrasts=("qsm", "imag"), grid_shape=(20, 20, 20))
     >>> volumes = {"qsm": torch.rand(1, 1, 20, 20, 20)}
-    >>> (low,) = other_low_parts(spec, volumes, "qsm", bank={"imag": [torch.rand(3, 3, 3)]})
+    >>> bank = {"imag": [torch.rand(3, 3, 3)]}
+    >>> (low,) = other_low_parts(spec, volumes, "qsm", bank, torch.nn.Identity())
     >>> low.shape
     torch.Size([1, 1, 3, 3, 3])
     """
@@ -189,7 +229,8 @@ def other_low_parts(
         if contrast == target:
             continue
         if contrast in volumes:
-            parts.append(low_part(volumes[contrast], spec.theta, spec.spectrum))
+            parts.append(low_part(front(volumes[contrast]), spec.theta, spec.spectrum))
         elif bank.get(contrast):
-            parts.append(bank[contrast][0].to(device)[None, None])
+            low = bank[contrast][0].to(device)
+            parts.append(low.reshape(1, spec.image_channels, *low.shape[-3:]))
     return parts

@@ -167,6 +167,87 @@ class SimulatedPatches:
         )
 
 
+class SimulatedRegions:
+    """Draws coarse fields of view from cached scans, with the region of their nuclei.
+
+    Parameters
+    ----------
+    files, intensity, contrasts, severity
+        As for :class:`SimulatedPatches`.
+    step
+        Voxels of the cached scans to one of the drawn ones, a axis.
+    radius
+        Of the region, in voxels of the cached scans.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        intensity: dict[str, str],
+        contrasts: dict[str, float],
+        *,
+        step: int = 3,
+        radius: float = 18.0,
+        severity: float = 1.0,
+    ) -> None:
+        self.severity = severity
+        self.intensity = intensity
+        self.contrasts = contrasts
+        self.scans = []
+        for file in files:
+            scan = np.load(file, mmap_mode="r")
+            labels = np.asarray(scan[-1]) > 0
+            inside = np.argwhere(labels)
+            centre = (inside.min(0) + inside.max(0)) / 2
+            region = _ball(labels.shape, centre, radius)
+            self.scans.append(
+                np.stack(
+                    [_pooled(np.asarray(each, np.float32), step) for each in (*scan[:-1], region)]
+                )
+            )
+
+    def draw(self, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw a field of view: all of the head, a slab, with or without the nuclei.
+
+        Returns
+        -------
+        image : (1, 1, X, Y, Z) float32 tensor, normalised and augmented
+        classes : (1, X, Y, Z) long tensor, 1 in the region
+        """
+        scan = self.scans[int(rng.integers(len(self.scans)))]
+        contrast = str(rng.choice(list(self.contrasts), p=list(self.contrasts.values())))
+        whole = np.array(scan.shape[1:])
+        shares = np.where(rng.random(3) < 0.5, rng.uniform(0.45, 1, 3), rng.uniform(0.9, 1.15, 3))
+        a, b, c = (max(16, round(float(n))) for n in whole * shares)
+        room = np.abs(whole - (a, b, c)) / 2
+        centre = (whole - 1) / 2 + rng.uniform(-1, 1, 3) * room
+        linear = np.eye(3)
+        if rng.random() < 0.6:
+            linear = rotation(rng.normal(0, 7, 3)) @ np.diag(np.exp(rng.normal(0, 0.1, 3)))
+        image, region = cut_patch(scan, CONTRASTS.index(contrast), centre, linear, (a, b, c))
+        if rng.random() < 0.5:
+            image, region = image[::-1], region[::-1]
+        image = degrade(np.ascontiguousarray(image), rng, self.severity)
+        if float(np.ptp(image)) > 0:
+            image = scale(image, *limits(image, self.intensity[contrast]))
+        if rng.random() < 0.5:
+            image = image ** np.float32(np.exp(rng.normal(0, 0.3)))
+        return (
+            torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None],
+            torch.from_numpy(np.ascontiguousarray(region).astype(np.int64))[None],
+        )
+
+
+def _pooled(volume: Array, step: int) -> Array:
+    return F.avg_pool3d(torch.from_numpy(volume)[None, None], step, ceil_mode=True)[0, 0].numpy()
+
+
+def _ball(shape: Sequence[int], centre: Array, radius: float) -> Array:
+    x, y, z = np.ogrid[tuple(slice(n) for n in shape)]
+    i, j, k = centre
+    return ((x - i) ** 2 + (y - j) ** 2 + (z - k) ** 2 <= radius**2).astype(np.float32)
+
+
 def cut_patch(
     scan: Array, channel: int, centre: Array, linear: Array, shape: tuple[int, int, int]
 ) -> tuple[Array, Array]:

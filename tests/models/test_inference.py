@@ -14,7 +14,7 @@ from fdl_bidsapp.labels import by_abbreviation
 from fdl_bidsapp.models import inference
 from fdl_bidsapp.models.fdl import METHODS, ModelSpec, build_network
 from fdl_bidsapp.models.fourier import low_part
-from fdl_bidsapp.models.inference import autocast_dtype, predict, resolve_device
+from fdl_bidsapp.models.inference import autocast_dtype, locate, predict, resolve_device
 
 CPU = torch.device("cpu")
 GRID = (12, 14, 10)
@@ -152,3 +152,21 @@ def test_bfloat16_hardly_changes_the_prediction(monkeypatch):
     full = predict(network, spec, {"qsm": image(0)}, "qsm", CPU)
     np.testing.assert_allclose(half, full, atol=0.05)
     assert np.abs(half - full).max() > 0
+
+
+class Bright(nn.Module):
+    """Takes what is bright for the region."""
+
+    def forward(self, volume: Tensor) -> list[Tensor]:
+        return [torch.cat([0.5 - volume, volume - 0.5], 1) * 20]
+
+
+def test_locates_the_largest_region_at_its_centre():
+    image = np.zeros((20, 24, 18), np.float32)
+    image[4:9, 10:15, 6:9] = 1
+    image[15, 2, 2] = 1
+    assert locate(Bright(), image, CPU) == pytest.approx((6, 12, 7), abs=0.01)
+
+
+def test_locates_nothing_where_there_is_no_region():
+    assert locate(Bright(), np.zeros((20, 24, 18), np.float32), CPU) is None

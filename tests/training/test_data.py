@@ -12,7 +12,13 @@ from fdl_bidsapp.models.fdl import CONTRASTS
 from fdl_bidsapp.simulation.contrast import Protocol
 from fdl_bidsapp.simulation.geometry import rotation
 from fdl_bidsapp.training import data
-from fdl_bidsapp.training.data import SimulatedPatches, cache_simulated_scan, cut_patch, degrade
+from fdl_bidsapp.training.data import (
+    SimulatedPatches,
+    SimulatedRegions,
+    cache_simulated_scan,
+    cut_patch,
+    degrade,
+)
 
 SHAPE = (30, 34, 26)
 GRID = Grid((40, 40, 32), (5.0, 5.0, 5.0))
@@ -205,3 +211,34 @@ def test_a_cached_scan_follows_from_its_seed_and_is_kept(coarse, tmp_path):
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [second.name, other.name]
     first.write_bytes(b"kept")
     assert cache_simulated_scan(tmp_path / "a", 1, GRID, 4).read_bytes() == b"kept"
+
+
+def regions(tmp_path, n):
+    """Draws from a scan whose image is bright in the region itself."""
+    shape = (90, 100, 84)
+    labels = np.zeros(shape)
+    labels[40:50, 40:60, 30:40] = 1
+    x, y, z = np.ogrid[:90, :100, :84]
+    ball = (x - 44.5) ** 2 + (y - 49.5) ** 2 + (z - 34.5) ** 2 <= 18**2
+    files = saved(tmp_path, stack_of(ball.astype(float), labels))
+    coarse = SimulatedRegions(files, INTENSITY, {"qsm": 1.0}, severity=0.0)
+    return [coarse.draw(np.random.default_rng(seed)) for seed in range(n)]
+
+
+def test_the_region_lies_around_the_nuclei_in_every_field_of_view(tmp_path):
+    agreeing = []
+    for image, classes in regions(tmp_path, 20):
+        assert image.shape[2:] == classes.shape[1:]
+        bright, region = image[0, 0] > 0.5, classes[0] > 0
+        if region.sum() > 50:
+            both = 2 * (bright & region).sum() / (bright.sum() + region.sum())
+            agreeing.append(float(both))
+    assert len(agreeing) > 10
+    assert np.median(agreeing) > 0.85
+
+
+def test_fields_of_view_differ_and_some_miss_a_part_of_the_region(tmp_path):
+    drawn = regions(tmp_path, 40)
+    assert len({tuple(image.shape) for image, _ in drawn}) > 20
+    sizes = [int((classes > 0).sum()) for _, classes in drawn]
+    assert min(sizes) < 0.8 * np.median(sizes)
