@@ -7,7 +7,6 @@ a scan that failed is seen as missing and not overlooked. The wide table has one
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fdl_bidsapp.bids.inputs import parse_name
+from fdl_bidsapp.bids.inputs import parse_name, read_json
 from fdl_bidsapp.bids.outputs import write_json, write_tsv
 from fdl_bidsapp.errors import InputMissingError
 from fdl_bidsapp.imaging.measure import COLUMNS
@@ -243,7 +242,7 @@ def _read_scans(output_dir: Path) -> list[_Scan]:
 def _read_scan(stem: Path) -> _Scan:
     path = stem.with_suffix(".json")
     try:
-        record = _read_json(path)
+        record = read_json(path)
         scan = _Scan(
             entities={name: str(value) for name, value in record["Entities"].items()},
             status=record["Status"],
@@ -414,7 +413,7 @@ def _read_participants(
 
 def _read_descriptions(path: Path, warnings: list[str]) -> dict[str, Row]:
     try:
-        return {name: about for name, about in _read_json(path).items() if isinstance(about, dict)}
+        return {name: about for name, about in read_json(path).items() if isinstance(about, dict)}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError) as problem:
@@ -425,11 +424,6 @@ def _read_descriptions(path: Path, warnings: list[str]) -> dict[str, Row]:
 def _read_tsv(path: Path) -> Iterable[dict[str, str]]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         yield from csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _read_json(path: Path) -> Any:
-    # NaN is no JSON, though Python writes and reads it.
-    return json.loads(path.read_text("utf-8-sig"), parse_constant=lambda _: None)
 
 
 def _number(value: object) -> int | float | None:

@@ -15,6 +15,7 @@ import numpy as np
 from fdl_bidsapp import __version__
 from fdl_bidsapp.bids.inputs import Scan
 from fdl_bidsapp.bids.outputs import (
+    alone,
     atomic_write,
     dseg_sidecar,
     mask_sidecar,
@@ -101,6 +102,19 @@ def write_scan(
     OutputError, StorageError
         A file cannot be written.
     """
+    with alone(out, scan.source_prefix):
+        _write_scan(out, scan, images, segmentation, labels, provenance, standard)
+
+
+def _write_scan(
+    out: Path,
+    scan: Scan,
+    images: ScanImages,
+    segmentation: Segmentation,
+    labels: Sequence[Label],
+    provenance: Provenance,
+    standard: StandardSpace | None,
+) -> None:
     remove_scan_outputs(out, scan)
     used = [source for source in scan.sources if source.contrast in images.maps]
     # The echoes of one series serve two contrasts.
@@ -167,9 +181,10 @@ def _write_standard(out: Path, scan: Scan, sources: Sequence[str], standard: Sta
 
 def write_failure(out: Path, scan: Scan, error: FdlError, provenance: Provenance) -> None:
     """Record that a scan failed; what an earlier run made of it goes, lest the two be mixed."""
-    remove_scan_outputs(out, scan)
     record = _record(scan, "failed", error, provenance)
-    write_json(output_path(out, scan.entities, "morph", extension=".json"), record)
+    with alone(out, scan.source_prefix):
+        remove_scan_outputs(out, scan)
+        write_json(output_path(out, scan.entities, "morph", extension=".json"), record)
 
 
 def write_missing(out: Path, subject: str, session: str | None, provenance: Provenance) -> None:
@@ -178,15 +193,15 @@ def write_missing(out: Path, subject: str, session: str | None, provenance: Prov
     Results that an earlier run made of other input stay as they are.
     """
     scan = Scan((("subject", subject), *((("session", session),) if session else ())))
-    if _status(out, scan) == "ok":
-        return
-    remove_scan_outputs(out, scan)
     error = FdlError(
         "no usable contrast was found",
         "name the maps as the documentation says, or give their dataset with --derivatives",
     )
     record = _record(scan, "missing_input", error, provenance)
-    write_json(output_path(out, scan.entities, "morph", extension=".json"), record)
+    with alone(out, scan.source_prefix):
+        if _status(out, scan) != "ok":
+            remove_scan_outputs(out, scan)
+            write_json(output_path(out, scan.entities, "morph", extension=".json"), record)
 
 
 def remove_missing(out: Path, scan: Scan) -> None:
@@ -194,13 +209,15 @@ def remove_missing(out: Path, scan: Scan) -> None:
     for names in (("subject",), ("subject", "session")):
         place = Scan(tuple(pair for pair in scan.entities if pair[0] in names))
         if _status(out, place) == "missing_input":
-            remove_scan_outputs(out, place)
+            with alone(out, place.source_prefix):
+                remove_scan_outputs(out, place)
 
 
 def remove_partial(out: Path, scan: Scan) -> None:
     """Delete what an interrupted run has left of a scan: files without the record, the last one."""
-    if _status(out, scan) is None:
-        remove_scan_outputs(out, scan)
+    with alone(out, scan.source_prefix):
+        if _status(out, scan) is None:
+            remove_scan_outputs(out, scan)
 
 
 def _status(out: Path, scan: Scan) -> object:

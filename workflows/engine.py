@@ -27,8 +27,10 @@ from contextlib import (
     suppress,
 )
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from traceback import format_exception
 from typing import Any
 
@@ -64,7 +66,10 @@ _THREAD_VARIABLES = (
 _INTERRUPT = re.compile(r"^\s*KeyboardInterrupt\b", re.MULTILINE)
 _NO_SPACE = re.compile(r"\[Errno (28|122|5)\]")
 _NO_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|DefaultCPUAllocator: can't allocate memory")
-_LESS_AT_ONCE = "run again with a lower --nprocs or more memory; finished scans are kept"
+_LESS_AT_ONCE = (
+    "run again with more memory, with --mem set to what there is, or with a lower --nprocs; "
+    "finished scans are kept"
+)
 
 
 def run(
@@ -427,6 +432,7 @@ def _run_node(node: Node, updatehash: bool, taskid: int) -> dict[str, Any]:
 
 
 def _start_worker(log_file: Path, folder: Path, resource_monitor: bool) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     # Compiled code writes to the file descriptors themselves.
     log = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     os.dup2(log, 1)
@@ -436,6 +442,15 @@ def _start_worker(log_file: Path, folder: Path, resource_monitor: bool) -> None:
     os.chdir(folder)
     if resource_monitor:
         nipype_config.enable_resource_monitor()
+
+
+def _end_with_parent() -> None:
+    # A worker waits for work on a pipe that it holds open itself, so that it would outlive a
+    # parent that was killed, with its memory and its GPU.
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _log_handlers(log_file: Path) -> logging.Handler:

@@ -47,12 +47,15 @@ class Compute:
         ``cpu`` or ``cuda``.
     threads
         CPU threads of one network.
+    fall_back
+        Whether the CPU takes over when the GPU fails.
     """
 
     model: Path
     model_sha256: str
     device: str
     threads: int
+    fall_back: bool = False
 
 
 def init_participant_wf(
@@ -83,13 +86,14 @@ def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> W
     """
     model = {"model": str(compute.model), "model_sha256": compute.model_sha256}
     normalise = Node(
-        NormaliseScan(scan=job.scan, target=settings.target, key=job.provenance.key, **model),
+        NormaliseScan(scan=job.scan, target=settings.target, **model),
         name="normalise",
         mem_gb=READING_GB,
     )
     segment = Node(
         SegmentScan(
             device=compute.device,
+            fall_back=compute.fall_back,
             use_gpu=compute.device == "cuda",
             flips=settings.flips,
             threads=compute.threads,
@@ -111,15 +115,13 @@ def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> W
         name="deliver",
         mem_gb=REGISTERING_GB if settings.output_spaces else DELIVERING_GB,
         n_procs=compute.threads if settings.output_spaces else 1,
-        # What it writes lies outside the work folder, where Nipype does not see it is gone.
-        overwrite=True,
     )
     workflow = Workflow(name)
     workflow.connect(
         [
             (normalise, segment, [("canvas", "canvas")]),
             (normalise, deliver, [("images", "images")]),
-            (segment, deliver, [("probabilities", "probabilities")]),
+            (segment, deliver, [("probabilities", "probabilities"), ("note", "note")]),
         ]
     )
     return workflow

@@ -38,6 +38,9 @@ ECHO_DERIVATIONS = ("echo_mean", "echo_fit")
 
 _VALUES = {"str": "[a-zA-Z0-9+]+", "int": "[0-9]+"}
 
+LARGEST_JSON = 50 * 10**6
+"""Bytes; the longest sidecars, with a whole DICOM header, take some hundred kB."""
+
 LONGEST_ECHO_TIME = 1.0
 """Seconds; T2* of tissue is tens of milliseconds, so a longer echo time is one given in ms."""
 
@@ -166,6 +169,27 @@ class Dataset:
     def uri(self, path: Path) -> str:
         """Return the BIDS URI of a file of this dataset."""
         return f"bids:{self.name}:{path.relative_to(self.root).as_posix()}"
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of anybody's, within limits.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    ValueError
+        It is not JSON, larger than `LARGEST_JSON`, or nested too deeply.
+    """
+    with path.open("rb") as stream:
+        content = stream.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise ValueError(f"it is larger than {LARGEST_JSON / 1e6:.0f} MB")
+    try:
+        # NaN is no JSON, though Python writes and reads it.
+        return json.loads(content.decode("utf-8-sig"), parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @cache
@@ -514,7 +538,7 @@ def _echo_times(echoes: Sequence[_File]) -> tuple[tuple[float, ...], str | None]
         if isinstance(value, bool) or not isinstance(value, int | float):
             return (), f"{file.path.name} has no EchoTime in its JSON sidecar"
         if not 0 < value < LONGEST_ECHO_TIME:
-            return (), f"EchoTime of {file.path.name} is {value:g}, not a time in seconds"
+            return (), f"EchoTime of {file.path.name} is {value!s:.20}, not a time in seconds"
         times.append(float(value))
     for (time, later), file in zip(pairwise(times), echoes[1:], strict=True):
         if later <= time:
@@ -543,7 +567,7 @@ def _metadata(file: _File) -> dict[str, Any]:
                 applying.append((len(theirs), name))
         for _, name in sorted(applying):
             try:
-                content = json.loads((folder / name).read_text("utf-8-sig"))
+                content = read_json(folder / name)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{name} cannot be read as JSON") from error
             if not isinstance(content, dict):
@@ -759,8 +783,10 @@ def _known_participants(
                 notes.append(f"{table} was left out: it cannot be read as a table")
                 continue
             for label in labels:
-                if label.startswith("sub-"):
+                if re.fullmatch(rf"sub-{_VALUES['str']}", label):
                     known.setdefault(_bare(label, "sub"), set())
+                elif label.startswith("sub-"):
+                    notes.append(f"{table}: {label!r} was left out, it is no label of BIDS")
     return known
 
 
@@ -808,7 +834,7 @@ def _read_description(root: Path, remedy: str, validate: bool) -> dict[str, Any]
 def _checked_description(root: Path, remedy: str) -> dict[str, Any]:
     path = root / "dataset_description.json"
     try:
-        description = json.loads(path.read_text("utf-8-sig"))
+        description = read_json(path)
     except FileNotFoundError:
         raise NotADatasetError(
             "the folder is not a BIDS dataset, it has no dataset_description.json",

@@ -6,8 +6,10 @@ The patterns of the names stand in ``io_spec.json``.
 from __future__ import annotations
 
 import errno
+import fcntl
 import filecmp
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -21,7 +23,15 @@ from urllib.parse import quote
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.bids.boilerplate import BIBLIOGRAPHY, README, methods
-from fdl_bidsapp.bids.inputs import Dataset, Entities, Scan, io_spec, open_datasets, parse_name
+from fdl_bidsapp.bids.inputs import (
+    Dataset,
+    Entities,
+    Scan,
+    io_spec,
+    open_datasets,
+    parse_name,
+    read_json,
+)
 from fdl_bidsapp.errors import FdlError, OutputError, StorageError
 from fdl_bidsapp.labels import Label, nuclei
 
@@ -134,6 +144,43 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         # Where it could not even be made, unlinking has nothing to add.
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def alone(out: str | Path, what: str) -> Iterator[None]:
+    """Keep other runs that share an output folder from what this one is at.
+
+    Parameters
+    ----------
+    out
+        The output dataset; all runs lock bytes of its ``logs/lock``, a file that stays empty.
+    what
+        Name of the thing that one run at a time may write, such as a scan.
+
+    Raises
+    ------
+    OutputError, StorageError
+        The lock file cannot be made.
+
+    Notes
+    -----
+    A lock ends with its process, however that ends. Where the file system has no locks, or the file
+    is another user's, this does nothing.
+    """
+    path = Path(out) / "logs" / "lock"
+    place = int.from_bytes(hashlib.sha256(what.encode()).digest()[:7], "little")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("ab")
+    except PermissionError:
+        yield
+        return
+    except OSError as error:
+        raise _write_error(error, path) from error
+    with stream:
+        with suppress(OSError):
+            fcntl.lockf(stream, fcntl.LOCK_EX, 1, place)
+        yield
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -365,7 +412,7 @@ def prepare_output(
     datasets = open_datasets(bids_dir, derivatives, validate=validate)
     out = Path(out).absolute()
     _refuse_inputs(out, datasets)
-    known = _own_description(out)
+    _own_description(out)
     label_table = _label_table(out, labels)
     # Also where all below is up to date, a folder that cannot be written to is told at once.
     probe = out / f".{uuid.uuid4().hex}"
@@ -376,8 +423,10 @@ def prepare_output(
     except OSError as error:
         raise _write_error(error, out) from error
 
-    description = _dataset_description(out, datasets, version, container, known)
-    write_json(out / "dataset_description.json", description)
+    with alone(out, "dataset_description.json"):
+        known = _own_description(out)
+        description = _dataset_description(out, datasets, version, container, known)
+        write_json(out / "dataset_description.json", description)
     write_text(out / ".bidsignore", "\n".join(io_spec()["outputs"]["bidsignore"]) + "\n")
     write_text(out / "README.md", README)
     write_text(out / LABEL_TABLE, label_table)
@@ -424,7 +473,7 @@ def _own_description(out: Path) -> dict[str, Any]:
     """Read the description that an earlier run has left; refuse that of another dataset."""
     path = out / "dataset_description.json"
     try:
-        description = json.loads(path.read_text("utf-8"))
+        description = read_json(path)
         makers = [maker.get("Name") for maker in description.get("GeneratedBy", [])]
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -483,7 +532,7 @@ def _dataset_description(
 def read_record(path: str | Path) -> dict[str, Any] | None:
     """Read what became of a scan (``_morph.json``); ``None`` where there is no whole record."""
     try:
-        record = json.loads(Path(path).read_text("utf-8"))
+        record = read_json(Path(path))
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None

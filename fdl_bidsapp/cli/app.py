@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from fdl_bidsapp import __version__
 from fdl_bidsapp.cli.parser import parse
 from fdl_bidsapp.cli.trouble import explain
-from fdl_bidsapp.errors import FdlError, OutputError, UsageError
+from fdl_bidsapp.errors import FdlError, OutputError, StorageError, UsageError
 from fdl_bidsapp.settings import Settings, read_bids_filters
+from fdl_bidsapp.space import lacks_space, where_space_lacks
 
 if TYPE_CHECKING:
     from fdl_bidsapp.bids.inputs import Discovery, Scan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _INTERRUPTED = 128 + signal.SIGINT
+_WORK_PREFIX = "fdl-bidsapp-"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -189,6 +191,10 @@ def _segment(settings: Settings, discovery: Discovery, bundle: Bundle, device: s
             raise
         for name, error in failed.items():
             scan, provenance = todo[name]
+            if is_current(
+                settings.output_dir, scan, provenance.key, promised=_promised(settings, scan)
+            ):
+                continue  # another run that shares the folder has done it meanwhile
             failures[scan.source_prefix] = error
             write_failure(settings.output_dir, scan, error, provenance)
         _tell_notes(settings, [scan for name, (scan, _) in todo.items() if name not in failed])
@@ -216,14 +222,21 @@ def _run_workflow(
     settings = replace(settings, nprocs=1 if at_once == 1 else cpus, omp_nthreads=threads)
     jobs = {name: Job(scan, provenance) for name, (scan, provenance) in todo.items()}
     titles = {name: job.scan.source_prefix for name, job in jobs.items()}
-    compute = Compute(bundle.path, bundle.sha256, device, threads)
+    compute = Compute(
+        bundle.path, bundle.sha256, device, threads, fall_back=settings.device == "auto"
+    )
     with _work_folder(settings) as folder, Progress(len(jobs)) as progress:
         workflow = init_participant_wf(jobs, settings, compute, folder)
 
         def done(name: str, error: FdlError | None) -> None:
             _interrupt_if_told_to_stop()
-            if settings.work_dir is None:
-                # Nobody will look at it, and a large cohort would fill the disk.
+            if isinstance(error, StorageError):
+                # What fails one scan for such a reason fails all that are to come.
+                raise where_space_lacks(
+                    error, settings, folder, todo[name][0], bundle.spec, at_once
+                )
+            if error is None or settings.work_dir is None:
+                # A large cohort would fill the disk.
                 shutil.rmtree(folder / workflow.name / name, ignore_errors=True)
             progress.scan_done(failed=error is not None)
 
@@ -234,30 +247,47 @@ def _run_workflow(
             if not drawn:
                 _say(f"Note: Graphviz is not installed, {path} has the graph to be drawn")
         _interrupt_if_told_to_stop()
-        return run_workflow(workflow, settings, titles, done, log_file=log_file)
+        try:
+            failed = run_workflow(workflow, settings, titles, done, log_file=log_file)
+        except OSError as error:  # Nipype's own files
+            first = next(iter(jobs.values())).scan
+            told = explain(error)
+            raise where_space_lacks(told, settings, folder, first, bundle.spec, at_once) from error
+        if failed and settings.work_dir:
+            _say(f"Intermediate files of scans that failed: {folder}")
+        return failed
 
 
 @contextmanager
 def _work_folder(settings: Settings) -> Iterator[Path]:
-    """Give a folder for intermediate files, in the one asked for or a temporary one."""
-    if settings.work_dir is None:
-        with tempfile.TemporaryDirectory(prefix="fdl-bidsapp-") as folder:
-            yield Path(folder)
-        return
-    if settings.clean_workdir:
-        shutil.rmtree(settings.work_dir / "fdl", ignore_errors=True)
-    probe = settings.work_dir / f".{uuid.uuid4().hex}"
+    """Give a new folder for intermediate files, in the one asked for or in the system's.
+
+    Nothing is taken over from an earlier run: what a power cut has left half-written, or another
+    version or model has made, can get into no result, and runs that share a work folder do not
+    meet. With ``--work-dir``, the files of scans that failed stay.
+    """
+    parent = settings.work_dir
+    if parent and settings.clean_workdir:
+        for earlier in parent.glob(f"{_WORK_PREFIX}*"):
+            shutil.rmtree(earlier, ignore_errors=True)
     try:
-        settings.work_dir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        if parent:
+            parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=parent))
     except OSError as error:
-        raise OutputError(
+        kind = StorageError if lacks_space(error) else OutputError
+        raise kind(
             f"the work folder cannot be made or written to ({error.strerror})",
             "choose another --work-dir",
-            path=settings.work_dir,
+            path=parent or tempfile.gettempdir(),
         ) from error
-    yield settings.work_dir
+    keep = False
+    try:
+        yield folder
+        keep = parent is not None and any((folder / "fdl").glob("sub-*"))
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _result_options(settings: Settings, bundle: Bundle) -> dict[str, object]:

@@ -20,6 +20,7 @@ from typing import cast
 
 import nibabel as nib
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
@@ -27,8 +28,11 @@ from scipy import ndimage
 
 from fdl_bidsapp.errors import ImageError, InputMissingError
 
-MAX_VOXELS = 10**9
-"""More than any head scan holds; a header that claims more is damaged."""
+MAX_VOXELS = 5 * 10**8
+"""More than any head scan holds (2 GB as float32); a header that claims more is damaged."""
+
+MAX_OFFSET = 10**8
+"""Bytes before the voxels; header extensions take up to some megabytes."""
 
 MIN_AXIS = 8
 """Voxels an axis needs at least, to be an image volume."""
@@ -150,18 +154,18 @@ def _read(path: Path, ndim: int) -> LoadedImage:
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     with cast("IOBase", gzip.open(path) if compressed else path.open("rb")) as stream:
-        kind = _nifti_class(stream.read(nib.Nifti2Header.sizeof_hdr))
+        start = stream.read(nib.Nifti2Header.sizeof_hdr)
+        kind = _nifti_class(start)
         if kind is None:
             raise ImageError("this is not a NIfTI image", "give a NIfTI file", path=path)
-        stream.seek(0)
-        header = kind.header_class.from_fileobj(stream)
+        # Without its extensions, which may claim any size and are of no use here.
+        header = kind.header_class(start[: kind.header_class.sizeof_hdr])
         shape = _checked_shape(header, path, ndim)
         _check_claim(header, path, size * MAX_DEFLATE_RATIO if compressed else size)
-        stream.seek(0)
-        image = kind.from_stream(stream)
-        _check_affine(image.affine, path)
-        _check_extent(shape, image.affine, path)
-        data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+        affine = header.get_best_affine()
+        _check_affine(affine, path)
+        _check_extent(shape, affine, path)
+        data = np.asarray(ArrayProxy(stream, header), dtype=np.float32)
         # Reading on to the end lets gzip compare its checksum.
         stream.read(1)
     notes = []
@@ -170,7 +174,7 @@ def _read(path: Path, ndim: int) -> LoadedImage:
     data, repaired = _checked_values(data.reshape(shape), path)
     header.set_data_shape(shape)
     header.set_data_dtype(np.float32)
-    return LoadedImage(nib.Nifti1Image(data, image.affine, header), (*notes, *repaired))
+    return LoadedImage(nib.Nifti1Image(data, affine, header), (*notes, *repaired))
 
 
 def _nifti_class(start: bytes) -> type[nib.Nifti1Image] | None:
@@ -214,7 +218,14 @@ def _checked_shape(header: nib.Nifti1Header, path: Path, ndim: int) -> tuple[int
 
 def _check_claim(header: nib.Nifti1Header, path: Path, at_most: int) -> None:
     voxels = math.prod(int(length) for length in header.get_data_shape())
-    claimed = header.get_data_offset() + voxels * header.get_data_dtype().itemsize
+    offset = header.get_data_offset()
+    if not 0 <= offset <= MAX_OFFSET:
+        raise ImageError(
+            f"the header claims that the voxels begin at byte {offset}",
+            "convert it again",
+            path=path,
+        )
+    claimed = offset + voxels * header.get_data_dtype().itemsize
     if claimed > at_most:
         raise ImageError(
             "the file is cut short: it is too small for the image its header describes",

@@ -529,9 +529,7 @@ def test_an_error_nobody_foresaw_is_one_line_that_says_where_the_traceback_is(
     assert "Traceback" in log.read_text()
 
 
-def test_a_disk_that_is_full_fails_the_scan_and_leaves_none_of_its_masks(
-    study, capsys, monkeypatch
-):
+def test_a_disk_that_is_full_ends_the_run_and_leaves_none_of_the_masks(study, capsys, monkeypatch):
     write_bytes = Path.write_bytes
 
     def full(self: Path, content: bytes) -> int:
@@ -542,11 +540,11 @@ def test_a_disk_that_is_full_fails_the_scan_and_leaves_none_of_its_masks(
     study.add("01")
     study.add("02")
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert study.run() == 1
-    (line,) = lines_about(capsys.readouterr().err, "  sub-02: ")
-    assert "sub-02_space-orig_label-RNR_mask.nii.gz: writing failed (No space left" in line
-    assert "Remedy: free some space" in line
-    assert study.outputs("02") == ["sub-02_morph.json"]
+    assert study.run() == 74
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"fdl-bidsapp: {study.out}: the disk or quota is full")
+    assert "Remedy: make room there" in line
+    assert study.outputs("02") == []
     assert len(study.outputs("01")) == 8
 
 

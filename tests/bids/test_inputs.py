@@ -174,7 +174,7 @@ def test_ten_echoes_are_in_order_of_number(tmp_path: Path) -> None:
         ([0.005, None], "echo-2_MEGRE.nii.gz has no EchoTime"),
         ([0.005, 0.005], "echo-2_MEGRE.nii.gz is not longer"),
         ([0.010, 0.005], "echo-2_MEGRE.nii.gz is not longer"),
-        ([5.0, 10.0], "is 5, not a time in seconds"),
+        ([5.0, 10.0], "is 5.0, not a time in seconds"),
     ],
 )
 def test_echoes_that_cannot_be_fitted_still_give_magnitude(

@@ -65,14 +65,6 @@ def test_options_reach_the_steps_that_use_them(build):
     assert first.inputs.provenance.key == "key 0"
 
 
-def test_a_changed_key_is_a_changed_step(build):
-    first, second = nodes(build(), "normalise")
-    assert first.inputs.key == "key 0"
-    before = second.inputs.get_hashval()[1]
-    second.inputs.key = "another"
-    assert second.inputs.get_hashval()[1] != before
-
-
 def test_registration_asks_for_more_memory_and_all_threads(build):
     plain, _ = nodes(build(), "deliver")
     registering, _ = nodes(build(output_spaces=("MNI152NLin2009aSym",)), "deliver")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from nipype.interfaces.base import (
     TraitedSpec,
     traits,
 )
+
+from fdl_bidsapp.errors import TemporaryError
 
 if TYPE_CHECKING:
     from fdl_bidsapp.models.bundle import Bundle
@@ -32,9 +35,23 @@ def load_model(path: str, sha256: str) -> Bundle:
     return bundle
 
 
-@lru_cache(maxsize=1)
+# One for each device, between which scans may have to change.
+@lru_cache(maxsize=2)
 def _network(path: str, sha256: str, device: str) -> Any:
     return load_model(path, sha256).network(device)
+
+
+def _gpu_trouble(error: Exception) -> TemporaryError | None:
+    """Tell what is the matter with the GPU; ``None`` where an error is about something else."""
+    if isinstance(error, TemporaryError):
+        return error
+    if not isinstance(error, RuntimeError) or "CUDA" not in str(error):
+        return None
+    cause = "is out of memory" if "out of memory" in str(error) else "is busy or cannot be used"
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return TemporaryError(
+        f"the GPU {cause} ({reason})", "run again when it is free, or with --device cpu"
+    )
 
 
 class _ModelInputs(BaseInterfaceInputSpec):
@@ -45,7 +62,6 @@ class _ModelInputs(BaseInterfaceInputSpec):
 class _NormaliseInputs(_ModelInputs):
     scan = traits.Any(mandatory=True, desc="fdl_bidsapp.bids.inputs.Scan")
     target = traits.Str("auto", usedefault=True, desc="contrast to segment")
-    key = traits.Str(mandatory=True, desc="changes whenever an input file does")
 
 
 class _NormaliseOutputs(TraitedSpec):
@@ -77,6 +93,7 @@ class NormaliseScan(SimpleInterface):
 class _SegmentInputs(_ModelInputs):
     canvas = File(exists=True, mandatory=True)
     device = traits.Str("cpu", usedefault=True)
+    fall_back = traits.Bool(False, usedefault=True, desc="to the CPU when the GPU fails")
     use_gpu = traits.Bool(False, usedefault=True, desc="takes the GPU slot of the scheduler")
     flips = traits.Bool(False, usedefault=True, desc="average over left-right flips")
     threads = traits.Int(1, usedefault=True)
@@ -84,10 +101,15 @@ class _SegmentInputs(_ModelInputs):
 
 class _SegmentOutputs(TraitedSpec):
     probabilities = File(exists=True)
+    note = traits.Str(desc="why it ran elsewhere than it should have; empty where it did not")
 
 
 class SegmentScan(SimpleInterface):
-    """Run the network; it is loaded once a process, however many scans there are."""
+    """Run the network; it is loaded once a process, however many scans there are.
+
+    It sees one window of one scan at a time: where the GPU's memory does not hold that, there is no
+    smaller batch to turn to, but the CPU.
+    """
 
     input_spec = _SegmentInputs
     output_spec = _SegmentOutputs
@@ -96,27 +118,46 @@ class SegmentScan(SimpleInterface):
         import numpy as np
         import torch
 
-        from fdl_bidsapp.pipeline import load_canvas, segment_canvas
-
         torch.set_num_threads(self.inputs.threads)
-        model = (self.inputs.model, self.inputs.model_sha256)
-        probabilities, affine = segment_canvas(
-            load_canvas(self.inputs.canvas),
-            load_model(*model),
-            _network(*model, self.inputs.device),
-            torch.device(self.inputs.device),
-            flips=self.inputs.flips,
-        )
+        note = ""
+        try:
+            probabilities, affine = self._segment(self.inputs.device)
+        except Exception as error:
+            trouble = _gpu_trouble(error) if self.inputs.device == "cuda" else None
+            if trouble is None:
+                raise
+            if not self.inputs.fall_back:
+                raise trouble from error
+            note = f"the network ran on the CPU: {trouble.cause}"
+        if note:
+            # Not in the handler, where the error holds what was on the GPU.
+            torch.cuda.empty_cache()
+            probabilities, affine = self._segment("cpu")
         path = str(Path(runtime.cwd, "probabilities.npz"))
         np.savez(path, allow_pickle=False, probabilities=probabilities, affine=affine)
-        self._results["probabilities"] = path
+        self._results.update(probabilities=path, note=note)
         return runtime
+
+    def _segment(self, device: str) -> tuple[Any, Any]:
+        import torch
+
+        from fdl_bidsapp.pipeline import load_canvas, segment_canvas
+
+        model = (self.inputs.model, self.inputs.model_sha256)
+        return segment_canvas(
+            load_canvas(self.inputs.canvas),
+            load_model(*model),
+            _network(*model, device),
+            torch.device(device),
+            flips=self.inputs.flips,
+        )
 
 
 class _DeliverInputs(_ModelInputs):
     scan = traits.Any(mandatory=True)
     images = File(exists=True, mandatory=True)
     probabilities = File(exists=True, mandatory=True)
+    note = traits.Str("", usedefault=True, desc="of the segmentation, for the record")
     output_dir = traits.Str(mandatory=True)
     provenance = traits.Any(mandatory=True, desc="fdl_bidsapp.derivatives.Provenance")
     space = traits.Str("", usedefault=True, desc="standard space to deliver in as well")
@@ -142,6 +183,8 @@ class DeliverScan(SimpleInterface):
 
         labels = load_model(self.inputs.model, self.inputs.model_sha256).spec.labels
         images = load_images(self.inputs.images)
+        if self.inputs.note:
+            images = replace(images, notes=(*images.notes, self.inputs.note))
         target = images.maps[images.target]
         with np.load(self.inputs.probabilities, allow_pickle=False) as file:
             segmentation = to_native(
