@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fdl_bidsapp import __version__
+from fdl_bidsapp.cli import features
 from fdl_bidsapp.cli.train import add_commands
 from fdl_bidsapp.cli.trouble import explain
 from fdl_bidsapp.errors import FdlError, OutputError, UsageError
@@ -84,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--flips", action="store_true", help="average over left-right flips")
     segment.add_argument("--output", type=Path, required=True, metavar="DIR")
     segment.set_defaults(command=_segment)
+
+    features.add_command(commands)
     return parser
 
 
@@ -106,13 +109,16 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _list_models(options: argparse.Namespace) -> int:
-    from fdl_bidsapp.models.bundle import load_bundle, shipped_models
+    from fdl_bidsapp.models.bundle import Bundle, load_model, shipped_models
 
     for name, path in shipped_models().items():
-        spec = load_bundle(path).spec
-        structures = " ".join(label.abbreviation for label in spec.labels)
-        size = path.stat().st_size / 1e6
-        print(f"{name}\t{spec.method}\t{' '.join(spec.contrasts)}\t{structures}\t{size:.1f} MB")
+        bundle = load_model(path)
+        if isinstance(bundle, Bundle):
+            structures = " ".join(label.abbreviation for label in bundle.spec.labels)
+            what = f"{bundle.spec.method}\t{' '.join(bundle.spec.contrasts)}\t{structures}"
+        else:
+            what = f"features\t{bundle.spec.dimensions}-D\t{bundle.spec.channels} channels"
+        print(f"{name}\t{what}\t{path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
@@ -120,18 +126,19 @@ def _show_model(options: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from fdl_bidsapp.models.bundle import load_bundle
+    from fdl_bidsapp.models.bundle import Bundle, load_model
 
-    bundle = load_bundle(options.model)
-    content = {
+    bundle = load_model(options.model)
+    content: dict[str, object] = {
         "path": str(bundle.path),
         "sha256": bundle.sha256,
         "app_version": bundle.app_version,
         "parameters": sum(tensor.numel() for tensor in bundle.state.values()),
         **asdict(bundle.spec),
     }
-    content["labels"] = [label.abbreviation for label in bundle.spec.labels]
-    content["bank"] = {contrast: len(images) for contrast, images in bundle.bank.items()}
+    if isinstance(bundle, Bundle):
+        content["labels"] = [label.abbreviation for label in bundle.spec.labels]
+        content["bank"] = {contrast: len(images) for contrast, images in bundle.bank.items()}
     print(json.dumps(content, indent=2, ensure_ascii=False))
     card = bundle.path.with_suffix(".md")
     if card.is_file():
@@ -140,12 +147,12 @@ def _show_model(options: argparse.Namespace) -> int:
 
 
 def _check_models(options: argparse.Namespace) -> int:
-    from fdl_bidsapp.models.bundle import load_bundle, shipped_models
+    from fdl_bidsapp.models.bundle import load_model, shipped_models
 
     code = 0
     for model in options.models or shipped_models().values():
         try:
-            bundle = load_bundle(model)
+            bundle = load_model(model)
             bundle.network()
             print(f"{bundle.path}\tok\t{bundle.sha256}")
         except FdlError as error:

@@ -37,7 +37,14 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--backbone", metavar="NAME", help="unet, dynunet, segresnet, unetr")
     train.add_argument("--spectrum", choices=("centred", "released"))
     train.add_argument("--theta", type=float, metavar="SHARE")
-    train.add_argument("--recipe", metavar="NAME", help="paper or strong")
+    train.add_argument(
+        "--features", metavar="NAME|FILE", help="contrast-invariant features before the network"
+    )
+    train.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="paper or strong; cifl trains contrast-invariant features, without labelled scans",
+    )
     train.add_argument("--steps", type=int, metavar="N")
     train.add_argument("--n-train", type=int, metavar="N", help="use the first N training cases")
     train.add_argument("--seed", type=int, metavar="S")
@@ -89,6 +96,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from fdl_bidsapp.training.cifl import fit_features, make_feature_settings
     from fdl_bidsapp.training.fit import fit, make_settings, read_toml
 
     values = {**(read_toml(options.config) if options.config else {}), **_given(options)}
@@ -96,13 +104,11 @@ def _train(options: argparse.Namespace) -> int:
         values["recipe_options"] = {**values.get("recipe_options", {}), "steps": options.steps}
     if options.max_minutes <= 0:
         raise UsageError("--max-minutes is not above 0", "give a number of minutes")
-    model = fit(
-        make_settings(values),
-        options.output,
-        device=options.device,
-        max_minutes=options.max_minutes,
-    )
-    print(model)
+    how = {"device": options.device, "max_minutes": options.max_minutes}
+    if values.get("recipe") == "cifl":
+        print(fit_features(make_feature_settings(values), options.output, **how))
+    else:
+        print(fit(make_settings(values), options.output, **how))
     return 0
 
 

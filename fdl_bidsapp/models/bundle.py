@@ -1,7 +1,8 @@
 """One safetensors file for a model: weights, low-frequency bank and all that is needed to run it.
 
 The file's metadata hold one JSON text: format version, app version, specification, and a SHA-256
-over these and the names, types, shapes and bytes of all tensors. Nothing is unpickled.
+over these and the names, types, shapes and bytes of all tensors. Nothing is unpickled. A network of
+contrast-invariant features is such a file too, with ``"kind": "features"`` beside the version.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from torch import Tensor
 from fdl_bidsapp import __version__
 from fdl_bidsapp.errors import InputMissingError, ModelError, OutputError, StorageError
 from fdl_bidsapp.labels import Label
+from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec
 from fdl_bidsapp.models.fdl import CONTRASTS, FusionNetwork, ModelSpec, build_network
 from fdl_bidsapp.models.fourier import window_halfwidths
 
@@ -36,6 +38,7 @@ MAX_FILE = 2**30
 """Largest model file in bytes."""
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
 NETWORK, BANK = "network.", "bank."
+Spec = TypeVar("Spec", ModelSpec, FeatureSpec)
 COPY_AGAIN = "download or copy the model file again"
 
 
@@ -69,6 +72,23 @@ class Bundle:
     def network(self, device: torch.device | str = "cpu") -> FusionNetwork:
         """Build the network with these weights, for evaluation, on a device."""
         network = build_network(self.spec)
+        network.load_state_dict(self.state)
+        return network.to(device).eval()
+
+
+@dataclass(frozen=True)
+class FeatureBundle:
+    """A network of contrast-invariant features as loaded; attributes as in :class:`Bundle`."""
+
+    spec: FeatureSpec
+    state: dict[str, Tensor]
+    sha256: str
+    app_version: str
+    path: Path
+
+    def network(self, device: torch.device | str = "cpu") -> FeatureNetwork:
+        """Build the network with these weights, for evaluation, on a device."""
+        network = FeatureNetwork(self.spec)
         network.load_state_dict(self.state)
         return network.to(device).eval()
 
@@ -122,18 +142,41 @@ def save_bundle(
     """
     path = Path(path)
     tensors = {NETWORK + name: tensor for name, tensor in network.state_dict().items()}
+    axes = 4 if spec.features else 3
     for contrast, images in (bank or {}).items():
         for i, image in enumerate(images):
-            tensors[f"{BANK}{contrast}.{i}"] = image.reshape(image.shape[-3:])
+            tensors[f"{BANK}{contrast}.{i}"] = image.reshape(image.shape[-axes:])
+    stored = _stored(tensors, dtype)
+    content = _described(spec, path)
+    _check_tensors(stored, spec, path)
+    return _save(path, stored, content)
+
+
+def save_features(
+    path: str | PathLike[str], network: FeatureNetwork, spec: FeatureSpec, *, dtype: str = "float32"
+) -> str:
+    """Write a network of contrast-invariant features to one file; see :func:`save_bundle`."""
+    path = Path(path)
+    tensors = {NETWORK + name: tensor for name, tensor in network.state_dict().items()}
+    stored = _stored(tensors, dtype)
+    content = {**_described(spec, path), "kind": "features"}
+    _check_feature_tensors(stored, spec, path)
+    return _save(path, stored, content)
+
+
+def _stored(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     stored = {
         name: tensor.detach()
         .cpu()
         .to(STORAGE[dtype] if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in tensors.items()
     }
-    stored = {name: tensor.contiguous() for name, tensor in stored.items()}
+    return {name: tensor.contiguous() for name, tensor in stored.items()}
+
+
+def _described(spec: ModelSpec | FeatureSpec, path: Path) -> dict[str, object]:
     try:
-        content = {
+        return {
             "format_version": FORMAT_VERSION,
             "app_version": __version__,
             # Through JSON and back, so that the digest is over what a reader will see.
@@ -145,10 +188,12 @@ def save_bundle(
             "use texts, finite numbers, lists and objects in the provenance",
             path=path,
         ) from error
-    _check_tensors(stored, spec, path)
+
+
+def _save(path: Path, stored: Mapping[str, Tensor], content: Mapping[str, object]) -> str:
     digest = _digest(stored, content)
     text = json.dumps({**content, "sha256": digest}, ensure_ascii=False)
-    data = safetensors.save(stored, {METADATA_KEY: text})
+    data = safetensors.save(dict(stored), {METADATA_KEY: text})
     if int.from_bytes(data[:8], "little") > MAX_HEADER:
         raise ModelError("its metadata are too long", "shorten the provenance", path=path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -184,23 +229,79 @@ def load_bundle(name_or_path: str | PathLike[str]) -> Bundle:
     StorageError
         The file cannot be read.
     """
+    bundle = load_model(name_or_path)
+    if isinstance(bundle, FeatureBundle):
+        raise ModelError(
+            "this model computes features and segments nothing",
+            "use it with fdl features, or with fdl train --features to train a model that segments",
+            path=bundle.path,
+        )
+    return bundle
+
+
+def load_features(name_or_path: str | PathLike[str]) -> FeatureBundle:
+    """Read a network of contrast-invariant features and verify it; see :func:`load_bundle`.
+
+    Raises
+    ------
+    InputMissingError, ModelError, StorageError
+        As there, or the file is a model that segments.
+    """
+    bundle = load_model(name_or_path)
+    if isinstance(bundle, Bundle):
+        raise ModelError(
+            "this model segments and has no features to give",
+            "give a model trained with fdl train --recipe cifl",
+            path=bundle.path,
+        )
+    return bundle
+
+
+def load_model(name_or_path: str | PathLike[str]) -> Bundle | FeatureBundle:
+    """Read a model of either kind and verify it; see :func:`load_bundle`."""
     path = shipped_models().get(os.fspath(name_or_path), Path(name_or_path))
+    content, tensors = _open(path)
+    digest, version = str(content["sha256"]), str(content["app_version"])
+    if content.get("kind") == "features":
+        features = _rebuilt(_feature_spec_from_json, content, path)
+        _check_feature_tensors(tensors, features, path)
+        weights = {name.removeprefix(NETWORK): tensor for name, tensor in tensors.items()}
+        return FeatureBundle(features, weights, digest, version, path)
+    spec = _rebuilt(_spec_from_json, content, path)
+    _check_tensors(tensors, spec, path)
+    state: dict[str, Tensor] = {}
+    bank: dict[str, list[Tensor]] = {}
+    for name in sorted(tensors, key=_bank_order):
+        if name.startswith(NETWORK):
+            state[name.removeprefix(NETWORK)] = tensors[name]
+        else:
+            bank.setdefault(name.split(".")[1], []).append(tensors[name])
+    return Bundle(spec, state, bank, digest, version, path)
+
+
+def _open(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Read a file's description and tensors, these in float32, and verify the digest."""
     data = _read(path)
-    metadata = _metadata(data, path)
-    content = _content(metadata, path)
+    content = _content(_metadata(data, path), path)
     try:
         tensors = safetensors.load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ModelError("the model file is cut short or damaged", COPY_AGAIN, path=path) from error
     digest = _digest(tensors, {key: content[key] for key in content if key != "sha256"})
-    if digest != content.get("sha256"):
+    if digest != content["sha256"]:
         raise ModelError(
             "the model file was altered or damaged: its SHA-256 does not match",
             COPY_AGAIN,
             path=path,
         )
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return content, tensors
+
+
+def _rebuilt(make: Callable[[object], Spec], content: Mapping[str, object], path: Path) -> Spec:
     try:
-        spec = _spec_from_json(content["spec"])
+        return make(content["spec"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ModelError(
             f"the model file's specification is incomplete or of wrong types ({error})",
@@ -209,16 +310,6 @@ def load_bundle(name_or_path: str | PathLike[str]) -> Bundle:
         ) from error
     except ModelError as error:
         raise ModelError(error.cause, error.remedy, path=path) from error
-    _check_tensors(tensors, spec, path)
-    state: dict[str, Tensor] = {}
-    bank: dict[str, list[Tensor]] = {}
-    for name in sorted(tensors, key=_bank_order):
-        tensor = tensors[name].float() if tensors[name].is_floating_point() else tensors[name]
-        if name.startswith(NETWORK):
-            state[name.removeprefix(NETWORK)] = tensor
-        else:
-            bank.setdefault(name.split(".")[1], []).append(tensor)
-    return Bundle(spec, state, bank, digest, str(content["app_version"]), path)
 
 
 def _read(path: Path) -> bytes:
@@ -313,9 +404,21 @@ def _check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec, path: Path) -
     window = [2 * m + 1 for m in window_halfwidths(spec.grid_shape, spec.theta)]
     if spec.spectrum == "released":
         window[2] = spec.grid_shape[2]
+    if spec.features:
+        window.insert(0, spec.image_channels)
     for name in tensors:
         if _is_bank_name(name):
             shapes[name] = torch.Size(window)
+    _compare(tensors, shapes, path)
+
+
+def _check_feature_tensors(tensors: Mapping[str, Tensor], spec: FeatureSpec, path: Path) -> None:
+    with torch.device("meta"):
+        expected = FeatureNetwork(spec).state_dict()
+    _compare(tensors, {NETWORK + name: tensor.shape for name, tensor in expected.items()}, path)
+
+
+def _compare(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: Path) -> None:
     wrong = [
         name
         for name in sorted(shapes.keys() | tensors.keys())
@@ -348,9 +451,7 @@ def _bank_order(name: str) -> tuple[str, int]:
 def _spec_from_json(value: object) -> ModelSpec:
     """Rebuild a specification; every value has to have its type."""
     values = dict(_typed(value, dict))
-    unknown = values.keys() - {field.name for field in fields(ModelSpec)}
-    if unknown:
-        raise ValueError(f"unknown setting {min(unknown)!r}")
+    _refuse_unknown(values, ModelSpec)
     return ModelSpec(
         name=_typed(values["name"], str),
         method=_typed(values["method"], str),
@@ -371,8 +472,33 @@ def _spec_from_json(value: object) -> ModelSpec:
             key: _typed(scheme, str) for key, scheme in _typed(values["intensity"], dict).items()
         },
         labels=tuple(_label(row) for row in _typed(values["labels"], list)),
+        # Older files have no features.
+        features={
+            key: _typed(option, int)
+            for key, option in _typed(values.get("features", {}), dict).items()
+        },
+        provenance=_typed(values["provenance"], dict),
+        # Files from before there were locators have none.
+        locator=None
+        if values.get("locator") is None
+        else _spec_from_json(values["locator"]),
+    )
+
+
+def _feature_spec_from_json(value: object) -> FeatureSpec:
+    values = dict(_typed(value, dict))
+    _refuse_unknown(values, FeatureSpec)
+    return FeatureSpec(
+        name=_typed(values["name"], str),
+        **{key: _typed(values[key], int) for key in ("dimensions", "channels", "width", "layers")},
         provenance=_typed(values["provenance"], dict),
     )
+
+
+def _refuse_unknown(values: Mapping[str, Any], kind: type[ModelSpec] | type[FeatureSpec]) -> None:
+    unknown = values.keys() - {field.name for field in fields(kind)}
+    if unknown:
+        raise ValueError(f"unknown setting {min(unknown)!r}")
 
 
 def _three(values: Iterable[Any]) -> tuple[Any, Any, Any]:

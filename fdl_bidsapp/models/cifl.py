@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fdl_bidsapp.errors import ModelError
@@ -72,6 +74,11 @@ class FeatureSpec:
                     f"give a whole number from {lowest} to {highest}",
                 )
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a model with such features in front keeps of them."""
+        return {"channels": self.channels, "width": self.width, "layers": self.layers}
+
 
 class FeatureNetwork(nn.Module):
     """Convolutions and leaky ReLUs, the last layer linear.
@@ -90,6 +97,7 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, spec: FeatureSpec) -> None:
         super().__init__()
+        self.dimensions = spec.dimensions
         self.channels = spec.channels
         self.memory_format = torch.channels_last if spec.dimensions == 2 else torch.channels_last_3d
         convolution = nn.Conv2d if spec.dimensions == 2 else nn.Conv3d
@@ -118,6 +126,32 @@ class FeatureNetwork(nn.Module):
         for layer in self.layers[:-1]:
             x = F.leaky_relu(layer(x), 0.1, inplace=True)
         return self.layers[-1](x)
+
+
+class FrozenFeatures(nn.Module):
+    """A trained feature network as the first part of another one; it learns no more.
+
+    Parameters
+    ----------
+    features
+        The trained network.
+
+    Examples
+    --------
+    >>> network = FrozenFeatures(FeatureNetwork(FeatureSpec("example", 2, channels=4, width=6)))
+    >>> image = torch.rand(1, 1, 9, 8, requires_grad=True)
+    >>> network(image).shape, network(image).requires_grad
+    (torch.Size([1, 4, 9, 8]), False)
+    """
+
+    def __init__(self, features: FeatureNetwork) -> None:
+        super().__init__()
+        self.network = features.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the features of each pixel, of unit length."""
+        return unit_pixels(self.network(image))
 
 
 def unit_maps(features: Tensor, centred: bool = False) -> Tensor:
@@ -200,3 +234,53 @@ def cifl_loss(
     # In logarithms throughout: exp(1 / 0.01) is beyond float32.
     total = torch.cat([match / tau_total, unlike], dim=1).logsumexp(1)
     return (total - (match / tau_match).logsumexp(1)).mean()
+
+
+@torch.inference_mode()
+def compute_features(
+    network: FeatureNetwork,
+    volume: NDArray[np.float32],
+    device: torch.device,
+    *,
+    slab: int = 64,
+) -> NDArray[np.float32]:
+    """Compute the features of a volume, of unit length at each voxel.
+
+    Parameters
+    ----------
+    network
+        In evaluation mode, on ``device``. One for slices takes the volume slice by slice along its
+        last axis.
+    volume : (X, Y, Z) float array
+        From 0 to 1.
+    device
+        Where to compute.
+    slab
+        Slices computed at a time, which bounds the memory and changes nothing else.
+
+    Returns
+    -------
+    (C, X, Y, Z) float32 array
+
+    Examples
+    --------
+    >>> network = FeatureNetwork(FeatureSpec("example", channels=4, width=6))
+    >>> compute_features(network, np.ones((9, 8, 7), np.float32), torch.device("cpu")).shape
+    (4, 9, 8, 7)
+    """
+    # What a convolution cannot see changes nothing: beyond the receptive field slabs are exact.
+    halo = len(network.layers) if network.dimensions == 3 else 0
+    depth = volume.shape[2]
+    result = np.empty((network.channels, *volume.shape), np.float32)
+    for start in range(0, depth, slab):
+        stop = min(start + slab, depth)
+        first, last = max(start - halo, 0), min(stop + halo, depth)
+        part = torch.from_numpy(np.ascontiguousarray(volume[..., first:last], np.float32))
+        part = part.to(device)
+        if network.dimensions == 2:
+            features = network(part.movedim(2, 0)[:, None]).movedim(0, 3)
+        else:
+            features = network(part[None, None])[0]
+        unit = unit_pixels(features[None])[0, ..., start - first : stop - first]
+        result[..., start:stop] = unit.cpu().numpy()
+    return result

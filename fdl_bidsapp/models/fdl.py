@@ -8,6 +8,9 @@ With ``low`` and ``high`` the two parts of the target image and ``place`` from
 * late: ``u = features(conv_h(high))``, then ``head(concat[place(u, conv_l(low)), u])``;
 * multimodal: late fusion with the same ``u`` and ``conv_l`` for the low part of every contrast.
 
+Where a model has contrast-invariant features (:mod:`fdl_bidsapp.models.cifl`), these take the place
+of the image in all four.
+
 Sources: arXiv 2302.12980 (early and late) and "Fourier Disentangled Multimodal Prior Knowledge
 Fusion for Red Nucleus Segmentation in Brain MRI" (multimodal).
 """
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from fdl_bidsapp.errors import ModelError
 from fdl_bidsapp.labels import Label, by_abbreviation
 from fdl_bidsapp.models.backbones import Backbone, convolution_block, make_backbone
+from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec, FrozenFeatures
 from fdl_bidsapp.models.fourier import SPECTRA, place, split
 
 CONTRASTS = ("qsm", "r2star", "imag", "swi")
@@ -67,8 +71,15 @@ class ModelSpec:
         :func:`fdl_bidsapp.imaging.intensity.limits`.
     labels
         Structures in the order of the network's classes 1, 2, …; class 0 is background.
+    features
+        ``channels``, ``width`` and ``layers`` of the contrast-invariant features that stand before
+        the network; empty for the image itself.
     provenance
         How the model came to be, JSON values.
+    locator
+        Specification of a second, coarse network, which finds where in the field of view the
+        model's grid belongs: its one structure is a ball around the nuclei. Without it, windows of
+        the grid's shape cover the head.
 
     Raises
     ------
@@ -97,7 +108,9 @@ class ModelSpec:
     labels: tuple[Label, ...] = field(
         default_factory=lambda: by_abbreviation(["RNL", "RNR", "DNL", "DNR"])
     )
+    features: Mapping[str, int] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
+    locator: ModelSpec | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and self.name.isprintable(), "name", self.name, "one line of text")
@@ -156,6 +169,42 @@ class ModelSpec:
             indices,
             "different whole numbers from 1 to 255",
         )
+        _require(
+            set(self.features) in (set(), {"channels", "width", "layers"}),
+            "features",
+            dict(self.features),
+            "empty, or channels, width and layers",
+        )
+        # Refuses what is out of its range.
+        self.feature_spec  # noqa: B018
+        if self.locator is not None:
+            # One channel without a split takes any field of view, whatever its shape.
+            _require(self.locator.method == "none", "locator's method", self.locator.method, "none")
+            _require(
+                len(self.locator.labels) == 1 and self.locator.locator is None,
+                "locator",
+                self.locator.name,
+                "a network of one structure without a locator of its own",
+            )
+            _require(
+                set(self.contrasts) <= set(self.locator.contrasts),
+                "locator's contrasts",
+                self.locator.contrasts,
+                "all that the model segments",
+            )
+
+    @property
+    def feature_spec(self) -> FeatureSpec | None:
+        """What the features before the network are, if there are any."""
+        if not self.features:
+            return None
+        channels, width, layers = (self.features[key] for key in ("channels", "width", "layers"))
+        return FeatureSpec("features", channels=channels, width=width, layers=layers)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of what takes the place of the image: 1 without features."""
+        return self.features.get("channels", 1)
 
 
 def _require(valid: bool, setting: str, value: object, wanted: str) -> None:
@@ -172,6 +221,11 @@ class FusionNetwork(nn.Module):
         What to build.
     backbone_channels
         Channels that the backbone takes.
+
+    Attributes
+    ----------
+    locator
+        The network of ``spec.locator``; no part of :meth:`forward`.
     """
 
     def __init__(self, spec: ModelSpec, backbone_channels: int) -> None:
@@ -179,9 +233,13 @@ class FusionNetwork(nn.Module):
         self.theta = spec.theta
         self.spectrum = spec.spectrum
         self.classes = len(spec.labels) + 1
+        self.front: nn.Module = nn.Identity()
+        if spec.feature_spec is not None:
+            self.front = FrozenFeatures(FeatureNetwork(spec.feature_spec))
         network = make_backbone(spec.backbone, backbone_channels, **dict(spec.backbone_options))
         self.backbone = cast(nn.Module, network)
         self.feature_channels = network.feature_channels
+        self.locator = build_network(spec.locator) if spec.locator is not None else None
 
     def features(self, x: Tensor) -> Tensor:
         """Give the backbone's features of ``x``, with its channels innermost in memory."""
@@ -195,8 +253,9 @@ class FusionNetwork(nn.Module):
         ----------
         target : (B, 1, X, Y, Z) tensor
             The image to segment, normalised.
-        others : sequence of (B, 1, n1, n2, n3) tensors
-            Low parts of the other contrasts; used by multimodal fusion only.
+        others : sequence of (B, C, n1, n2, n3) tensors
+            Low parts of the other contrasts (of their features where the model has some); used by
+            multimodal fusion only.
 
         Returns
         -------
@@ -210,12 +269,12 @@ class Unsplit(FusionNetwork):
     """The backbone alone, on the whole image."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        super().__init__(spec, 1)
+        super().__init__(spec, spec.image_channels)
         self.head = nn.Conv3d(self.feature_channels, self.classes, 1)
 
     def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
         """See :meth:`FusionNetwork.forward`."""
-        return [self.head(self.features(target))]
+        return [self.head(self.features(self.front(target)))]
 
 
 class EarlyFusion(FusionNetwork):
@@ -223,13 +282,13 @@ class EarlyFusion(FusionNetwork):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec, spec.fusion_channels)
-        self.conv_h = convolution_block(1, spec.fusion_channels)
-        self.conv_l = convolution_block(1, spec.fusion_channels)
+        self.conv_h = convolution_block(spec.image_channels, spec.fusion_channels)
+        self.conv_l = convolution_block(spec.image_channels, spec.fusion_channels)
         self.head = nn.Conv3d(self.feature_channels, self.classes, 1)
 
     def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
         """See :meth:`FusionNetwork.forward`."""
-        low, high = split(target, self.theta, self.spectrum)
+        low, high = split(self.front(target), self.theta, self.spectrum)
         fused = place(self.conv_h(high), self.conv_l(low), self.spectrum)
         return [self.head(self.features(fused))]
 
@@ -239,8 +298,8 @@ class LateFusion(FusionNetwork):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec, spec.fusion_channels)
-        self.conv_h = convolution_block(1, spec.fusion_channels)
-        self.conv_l = convolution_block(1, self.feature_channels)
+        self.conv_h = convolution_block(spec.image_channels, spec.fusion_channels)
+        self.conv_l = convolution_block(spec.image_channels, self.feature_channels)
         self.head = nn.Sequential(
             convolution_block(2 * self.feature_channels, self.feature_channels),
             nn.Conv3d(self.feature_channels, self.classes, 1),
@@ -248,7 +307,7 @@ class LateFusion(FusionNetwork):
 
     def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
         """See :meth:`FusionNetwork.forward`."""
-        low, high = split(target, self.theta, self.spectrum)
+        low, high = split(self.front(target), self.theta, self.spectrum)
         return [self.fuse(self.features(self.conv_h(high)), low)]
 
     def fuse(self, u: Tensor, low: Tensor) -> Tensor:
@@ -263,7 +322,7 @@ class MultimodalFusion(LateFusion):
 
     def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
         """See :meth:`FusionNetwork.forward`."""
-        low, high = split(target, self.theta, self.spectrum)
+        low, high = split(self.front(target), self.theta, self.spectrum)
         u = self.features(self.conv_h(high))
         return [self.fuse(u, low) for low in (low, *others)]
 
@@ -295,9 +354,10 @@ def build_network(spec: ModelSpec) -> FusionNetwork:
     torch.Size([1, 5, 12, 12, 10])
     """
     network = METHODS[spec.method](spec)
-    if network.feature_channels * math.prod(spec.grid_shape) > MAX_FEATURES:
+    widest = max(network.feature_channels, *spec.features.values(), 1)
+    if widest * math.prod(spec.grid_shape) > MAX_FEATURES:
         raise ModelError(
-            f"{network.feature_channels} channels on a {spec.grid_shape} grid need too much memory",
+            f"{widest} channels on a {spec.grid_shape} grid need too much memory",
             "choose a narrower backbone or a smaller grid",
         )
     # Its stub knows channels-last for 2-D networks only.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from fdl_bidsapp.training.augment import random_warp, vary_intensity, warp
 from fdl_bidsapp.training.cases import Case
 
 Bank = Mapping[str, Sequence[Tensor]]
+Front = Callable[[Tensor], Tensor]
+IMAGE_ITSELF: Front = nn.Identity()
+"""The front of a model that has no features."""
 
 BLOCK_MARGIN = 0.15
 """Of the window's length: what a warp may fetch from beyond the window's faces."""
@@ -58,6 +61,8 @@ class CaseBatches:
         Strength of the variation; 0 for none.
     seed
         All batches follow from it.
+    front
+        The model's features of an image; multimodal fusion only.
     """
 
     def __init__(
@@ -70,8 +75,10 @@ class CaseBatches:
         batch: int = 1,
         augment: float = 0.0,
         seed: int = 0,
+        front: Front = IMAGE_ITSELF,
     ) -> None:
         self.spec = spec
+        self.front = front
         self.bank = bank
         self.device = device
         self.batch = batch
@@ -112,7 +119,7 @@ class CaseBatches:
     def _others(self, volumes: Mapping[str, Tensor], target: str) -> list[Tensor]:
         if self.spec.method != "multimodal":
             return []
-        return other_low_parts(self.spec, volumes, target, self.bank)
+        return other_low_parts(self.spec, volumes, target, self.bank, self.front)
 
     @torch.inference_mode()
     def mean_dice(self, network: nn.Module, mixed_precision: bool = True) -> float:
@@ -193,7 +200,13 @@ class _Resident:
         return images + self.nothing, classes
 
 
-def make_bank(cases: Sequence[Case], spec: ModelSpec, modalities: Sequence[str]) -> dict[str, list]:
+@torch.no_grad()
+def make_bank(
+    cases: Sequence[Case],
+    spec: ModelSpec,
+    modalities: Sequence[str],
+    front: Front = IMAGE_ITSELF,
+) -> dict[str, list]:
     """Take each contrast's low part from the first case that has it.
 
     Parameters
@@ -204,10 +217,12 @@ def make_bank(cases: Sequence[Case], spec: ModelSpec, modalities: Sequence[str])
         A multimodal model.
     modalities
         Contrasts beside the targets.
+    front
+        The model's features of an image, on the processor; the identity where it has none.
 
     Returns
     -------
-    contrast → [(n1, n2, n3) tensor]
+    contrast → [(C, n1, n2, n3) tensor]
         Contrasts that no case has are left out.
     """
     bank: dict[str, list[Tensor]] = {}
@@ -217,6 +232,6 @@ def make_bank(cases: Sequence[Case], spec: ModelSpec, modalities: Sequence[str])
             resident = _Resident(case, spec, torch.device("cpu"))
             images, _ = resident.window(None, 0.0)
             for contrast in missing:
-                volume = images[0, resident.names.index(contrast)]
-                bank[contrast] = [low_part(volume, spec.theta, spec.spectrum)]
+                volume = images[:, [resident.names.index(contrast)]]
+                bank[contrast] = [low_part(front(volume), spec.theta, spec.spectrum)[0]]
     return bank

@@ -8,12 +8,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from fdl_bidsapp.errors import DataError, InputMissingError, OutputError, UsageError
-from fdl_bidsapp.models.bundle import save_bundle
+from fdl_bidsapp.errors import DataError, InputMissingError, ModelError, OutputError, UsageError
+from fdl_bidsapp.models.bundle import FeatureBundle, load_features, save_bundle
+from fdl_bidsapp.models.cifl import FrozenFeatures
 from fdl_bidsapp.models.fdl import CONTRASTS, FusionNetwork, ModelSpec, build_network
 from fdl_bidsapp.models.inference import resolve_device
 from fdl_bidsapp.training.batches import CaseBatches, make_bank
@@ -28,7 +29,12 @@ from fdl_bidsapp.training.cases import (
 from fdl_bidsapp.training.loop import LOG_COLUMNS, Trained, train
 from fdl_bidsapp.training.recipes import Recipe, make_recipe
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 PATHS = ("table", "bids_dir", "labels_dir", "labels")
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class TrainingSettings:
         Share of the participants held back, where a BIDS dataset has no splits.
     method, backbone, backbone_options, theta, spectrum, fusion_channels, grid_shape, grid_spacing
         As in :class:`fdl_bidsapp.models.fdl.ModelSpec`.
+    features
+        Name or file of a network of contrast-invariant features to stand before the network; none
+        if empty.
     recipe, recipe_options
         See :func:`fdl_bidsapp.training.recipes.make_recipe`. Both kinds of options may also be
         tables of options by name, of which that of the backbone or recipe in use is taken.
@@ -88,6 +97,7 @@ class TrainingSettings:
     fusion_channels: int = 12
     grid_shape: tuple[int, ...] = (160, 160, 128)
     grid_spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
+    features: str = ""
     recipe: str = "strong"
     recipe_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -109,9 +119,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"this is no TOML file ({' '.join(str(error).split())})", "correct it", path=path
         ) from error
-    for key in PATHS:
-        if isinstance(values.get(key), str) and values[key]:
-            values[key] = str(path.parent / values[key])
+    for key in (*PATHS, "features"):
+        value = values.get(key)
+        # Features may also be the name of a shipped model.
+        if isinstance(value, str) and value and (key in PATHS or value.endswith(".safetensors")):
+            values[key] = str(path.parent / value)
     if isinstance(values.get("derivatives"), list):
         values["derivatives"] = [str(path.parent / str(one)) for one in values["derivatives"]]
     return values
@@ -130,24 +142,38 @@ def make_settings(values: Mapping[str, Any]) -> TrainingSettings:
     >>> make_settings({"table": "cases.tsv", "method": "early"}).method
     'early'
     """
-    defaults = {item.name: item for item in fields(TrainingSettings)}
-    unknown = sorted(values.keys() - defaults.keys())
-    if unknown:
-        raise UsageError(
-            f"there is no setting {', '.join(unknown)}", f"the settings are {', '.join(defaults)}"
-        )
-    blank = TrainingSettings()
-    checked: dict[str, Any] = {}
-    for key, value in values.items():
-        default = getattr(blank, key)
-        checked[key] = _typed(key, value, default)
-    settings = TrainingSettings(**checked)
+    settings = with_values(TrainingSettings(), values)
     if bool(settings.table) == bool(settings.bids_dir and settings.labels_dir):
         raise UsageError(
             "the labelled scans have to come either from a table or from two BIDS datasets",
             "give table, or bids_dir and labels_dir",
         )
     return settings
+
+
+def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """Return settings with some values replaced, each by one of its own type.
+
+    Parameters
+    ----------
+    settings
+        A dataclass.
+    values
+        By the names of its fields; lists stand for tuples.
+
+    Raises
+    ------
+    UsageError
+        An unknown setting, or a value of a wrong type.
+    """
+    known = [item.name for item in fields(settings)]
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise UsageError(
+            f"there is no setting {', '.join(unknown)}", f"the settings are {', '.join(known)}"
+        )
+    typed = {key: _typed(key, value, getattr(settings, key)) for key, value in values.items()}
+    return replace(settings, **typed)
 
 
 def _typed(key: str, value: Any, default: Any) -> Any:
@@ -192,7 +218,27 @@ def labelled_scans(settings: TrainingSettings) -> list[LabelledScan]:
     )
 
 
-def make_spec(settings: TrainingSettings, recipe: Recipe) -> tuple[ModelSpec, frozenset[int]]:
+def load_volume_features(name_or_path: str) -> FeatureBundle:
+    """Load a network of contrast-invariant features that takes volumes.
+
+    Raises
+    ------
+    FdlError
+        There is none of that name, the file is no such network, or it is for slices.
+    """
+    features = load_features(name_or_path)
+    if features.spec.dimensions != 3:
+        raise ModelError(
+            "these features are of slices, and the scans are volumes",
+            "train some with dimensions = 3",
+            path=features.path,
+        )
+    return features
+
+
+def make_spec(
+    settings: TrainingSettings, recipe: Recipe, features: FeatureBundle | None = None
+) -> tuple[ModelSpec, frozenset[int]]:
     """Make the specification of the model to train, and tell the label values that are known.
 
     Raises
@@ -231,6 +277,7 @@ def make_spec(settings: TrainingSettings, recipe: Recipe) -> tuple[ModelSpec, fr
         contrasts=settings.targets,
         intensity=dict.fromkeys(contrasts, recipe.intensity) if recipe.intensity else defaults,
         labels=labels,
+        features={} if features is None else features.spec.options,
     )
     return spec, known
 
@@ -266,24 +313,25 @@ def fit(
     FdlError
         Whatever is wrong with the settings and the data is told before the training starts.
     """
-    if output.suffix != ".safetensors":
-        raise UsageError(f"the output is {output.name}", "give a name that ends in .safetensors")
     recipe = make_recipe(settings.recipe, options_of(settings.recipe, settings.recipe_options))
-    spec, known = make_spec(settings, recipe)
+    features = load_volume_features(settings.features) if settings.features else None
+    spec, known = make_spec(settings, recipe, features)
     where = resolve_device(device)
     torch.manual_seed(settings.seed)
     network = build_network(spec)
+    if features is not None:
+        network.front.load_state_dict(FrozenFeatures(features.network()).state_dict())
     scans = labelled_scans(settings)
     source = Path(settings.table or settings.bids_dir)
     chosen = {split: in_split(scans, split, source) for split in ("train", "validation")}
     chosen["train"] = _first(chosen["train"], settings.n_train, source)
-    folder = _run_folder(output)
+    folder = run_folder(output)
     cases = {
         split: load_cases(some, spec, known, settings.modalities) for split, some in chosen.items()
     }
     bank = {}
     if spec.method == "multimodal":
-        bank = make_bank(cases["train"], spec, settings.modalities)
+        bank = make_bank(cases["train"], spec, settings.modalities, network.front)
         missing = [contrast for contrast in settings.modalities if contrast not in bank]
         if missing:
             raise DataError(
@@ -299,10 +347,12 @@ def fit(
         batch=recipe.batch,
         augment=recipe.augment,
         seed=settings.seed,
+        front=network.front,
     )
     held_back = CaseBatches(cases["validation"], spec, bank, where)
     mixed = recipe.schedule.mixed_precision
     configuration = _configuration(settings, chosen, spec)
+    configuration["features"] = features.sha256 if features is not None else ""
     trained = train(
         network,
         batches.draw,
@@ -357,7 +407,16 @@ def _first(scans: list[LabelledScan], n: int, source: Path) -> list[LabelledScan
     return scans[:n] if n else scans
 
 
-def _run_folder(output: Path) -> Path:
+def run_folder(output: Path) -> Path:
+    """Make the folder beside a model file that holds checkpoint and log.
+
+    Raises
+    ------
+    UsageError, OutputError
+        The file has another ending than ``.safetensors``, or the folder cannot be written.
+    """
+    if output.suffix != ".safetensors":
+        raise UsageError(f"the output is {output.name}", "give a name that ends in .safetensors")
     folder = output.with_suffix(".run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -408,6 +467,7 @@ def _provenance(
         "recipe": settings.recipe,
         "recipe_options": options_of(settings.recipe, settings.recipe_options),
         "seed": settings.seed,
+        "features": configuration["features"],
         "train_cases": configuration["train cases"],
         "steps": trained.steps,
         "step_of_weights": trained.step,

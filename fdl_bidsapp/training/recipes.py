@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,28 @@ class Recipe:
         return torch.stack([LOSSES[self.loss](logits, classes) for logits in outputs]).sum()
 
 
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """How to train a network of contrast-invariant features, which takes no labelled cases.
+
+    Attributes
+    ----------
+    batch
+        Label maps in a step, each seen in two contrasts.
+    tau_match, tau_total, tau_channels, centred
+        Of :func:`fdl_bidsapp.models.cifl.cifl_loss`.
+    schedule
+        Steps, optimiser, averaging.
+    """
+
+    batch: int
+    tau_match: float
+    tau_total: float
+    tau_channels: float
+    centred: bool
+    schedule: Schedule
+
+
 RECIPES = {
     "paper": Recipe(
         loss="dice",
@@ -78,6 +100,18 @@ RECIPES = {
 }
 """``paper``: as published (arXiv 2302.12980). ``strong``: what works today."""
 
+FEATURE_RECIPE = FeatureRecipe(
+    batch=4,
+    tau_match=0.1,
+    tau_total=0.1,
+    tau_channels=1.0,
+    centred=True,
+    schedule=Schedule(4000, learning_rate=1e-3, weight_decay=1e-4, average=0.99),
+)
+"""The recipe ``cifl``."""
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, FeatureRecipe)
+
 
 def make_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     """Return a recipe, with some of its settings changed.
@@ -102,10 +136,29 @@ def make_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     """
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}", f"choose one of {', '.join(RECIPES)}")
-    recipe, options = RECIPES[name], dict(options or {})
-    own = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    return _changed(RECIPES[name], options or {})
+
+
+def make_feature_recipe(options: Mapping[str, Any] | None = None) -> FeatureRecipe:
+    """Return the recipe ``cifl``, with some of its settings changed.
+
+    Raises
+    ------
+    UsageError
+        There is no such setting, or a value is out of its range.
+
+    Examples
+    --------
+    >>> make_feature_recipe({"tau_channels": 0.01}).tau_channels
+    0.01
+    """
+    return _changed(FEATURE_RECIPE, options or {})
+
+
+def _changed(recipe: AnyRecipe, options: Mapping[str, Any]) -> AnyRecipe:
+    own: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     del own["schedule"]
-    scheduled = {
+    scheduled: dict[str, Any] = {
         field.name: getattr(recipe.schedule, field.name) for field in fields(recipe.schedule)
     }
     for key, value in options.items():
@@ -142,6 +195,8 @@ def _check_option(key: str, value: object, default: object) -> None:
     else:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         valid, wanted = number and value >= 0, "a number from 0"  # type: ignore[operator]
+        if key.startswith("tau_"):
+            valid, wanted = valid and value != 0, "a number above 0"
         if key == "average":
             valid, wanted = valid and value < 1, "a number from 0 to below 1"  # type: ignore[operator]
     if not valid:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from fdl_bidsapp.errors import FdlError, InputMissingError, ModelError, OutputError, StorageError
-from fdl_bidsapp.labels import nuclei
+from fdl_bidsapp.labels import Label, by_abbreviation, nuclei
 from fdl_bidsapp.models import bundle
 from fdl_bidsapp.models.bundle import load_bundle, save_bundle, shipped_models
 from fdl_bidsapp.models.fdl import ModelSpec, build_network
@@ -226,11 +226,17 @@ def test_every_setting_has_to_be_there_and_of_its_type(model, key):
     for wrong in (None, [], {}, "", -1, 1e300, True, ["x"] * 3, [[1]] * 3, {"x": []}):
         if key == "provenance" and isinstance(wrong, dict):
             continue
+        if (key, wrong) in (("features", {}), ("locator", None)):
+            continue
         altered = {**spec, key: wrong}
         rewrite(model, tensors, {**content, "spec": altered})
         refusal(model)
     rewrite(model, tensors, {**content, "spec": {k: v for k, v in spec.items() if k != key}})
-    assert key in refusal(model)
+    if key in ("features", "locator"):
+        # Files from before there were features and locators are read as what they are.
+        assert not getattr(load_bundle(model).spec, key)
+    else:
+        assert key in refusal(model)
 
 
 @pytest.mark.parametrize(
@@ -297,3 +303,32 @@ def test_a_failed_write_leaves_the_older_model(monkeypatch, model):
         save_bundle(model, build_network(SPEC), SPEC)
     assert model.read_bytes() == before
     assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+def test_a_locator_comes_back_with_its_weights(tmp_path):
+    region = (Label(1, "Region", "REGION", "region", "n/a", None, "#ffffff"),)
+    options = {"width": 4, "levels": 2}
+    coarse = ModelSpec("coarse", method="none", backbone_options=options, labels=region)
+    spec = ModelSpec("located", backbone_options=options, grid_shape=(16, 16, 16), locator=coarse)
+    network = build_network(spec)
+    save_bundle(tmp_path / "located.safetensors", network, spec)
+    bundle = load_bundle(tmp_path / "located.safetensors")
+    assert bundle.spec == spec
+    again = bundle.network()
+    assert again.locator is not None
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "late"},
+        {"labels": by_abbreviation(["RNL", "RNR"])},
+        {"contrasts": ("imag",)},
+    ],
+)
+def test_a_locator_that_cannot_serve_is_refused(changes):
+    settings = {"method": "none", "labels": by_abbreviation(["RNL"]), **changes}
+    with pytest.raises(ModelError, match="locator"):
+        ModelSpec("located", locator=ModelSpec("coarse", **settings))
