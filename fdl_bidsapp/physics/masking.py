@@ -10,7 +10,7 @@ import scipy.ndimage as ndi
 Array = np.ndarray
 
 BRIDGE = 3.5
-"""mm: what joins brain and scalp (vessels, nerves, the eyes' muscles) is thinner than twice this."""
+"""mm: what joins brain and scalp (vessels, nerves, the eyes' muscles) is under twice this."""
 
 MOST_RESIDUAL = 0.6
 """Radians; phase that is noise alone leaves 1.8."""
