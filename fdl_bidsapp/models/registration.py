@@ -1,0 +1,172 @@
+"""A small registration network: two images in, a dense displacement out.
+
+The network is a U-Net on the channels of both images; its output moves one image onto the other by
+a spatial transformer. It is trained without labels, by the likeness of the moved and the fixed
+channels and the smoothness of the displacement. Source: Balakrishnan et al., VoxelMorph, IEEE TMI
+2019;38:1788-1800.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdl_bidsapp.models.backbones import UNet
+
+
+class RegistrationNetwork(nn.Module):
+    """A U-Net that gives the displacement from a fixed image to a moving one.
+
+    Parameters
+    ----------
+    dimensions
+        2 or 3.
+    channels
+        Channels of each image.
+    width, levels
+        Of the U-Net.
+
+    Examples
+    --------
+    >>> network = RegistrationNetwork(2, 3, width=4, levels=2)
+    >>> moved, displacement = network(torch.rand(1, 3, 9, 8), [torch.rand(1, 3, 9, 8)])
+    >>> moved.shape, displacement.shape
+    (torch.Size([1, 3, 9, 8]), torch.Size([1, 2, 9, 8]))
+    """
+
+    def __init__(self, dimensions: int, channels: int, *, width: int = 16, levels: int = 4) -> None:
+        super().__init__()
+        self.backbone = UNet(dimensions, 2 * channels, width=width, levels=levels)
+        convolution = nn.Conv2d if dimensions == 2 else nn.Conv3d
+        self.head = convolution(width, dimensions, 3, padding=1)
+        # Training starts from very nearly no displacement.
+        nn.init.normal_(self.head.weight, std=1e-3)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+
+    def forward(self, moving: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
+        """Register a moving image to a fixed one.
+
+        Parameters
+        ----------
+        moving : (B, C, *shape) tensor
+        others
+            The fixed image, of the same shape, alone in a list.
+
+        Returns
+        -------
+        moved : (B, C, *shape) tensor
+            The moving image on the fixed one's grid.
+        displacement : (B, dimensions, *shape) tensor
+            In pixels; see :func:`warp`.
+        """
+        (fixed,) = others
+        features = self.backbone.features(torch.cat([moving, fixed], dim=1))
+        displacement = self.head(features).float()
+        return [warp(moving, displacement), displacement]
+
+
+def warp(image: Tensor, displacement: Tensor, mode: str = "bilinear") -> Tensor:
+    """Fetch each pixel from where its displacement points.
+
+    Parameters
+    ----------
+    image : (B, C, *shape) tensor
+    displacement : (B, dimensions, *shape) tensor
+        In pixels, one channel an axis, in the order of the axes.
+    mode
+        ``bilinear`` (linear also in 3-D), or ``nearest`` for labels.
+
+    Returns
+    -------
+    (B, C, *shape) tensor
+        The border is repeated beyond the image.
+
+    Examples
+    --------
+    >>> image = torch.arange(4.0).reshape(1, 1, 1, 4)
+    >>> shift = torch.zeros(1, 2, 1, 4)
+    >>> shift[:, 1] = 1
+    >>> warp(image, shift).flatten().tolist()
+    [1.0, 2.0, 3.0, 3.0]
+    """
+    shape = displacement.shape[2:]
+    lines = [torch.arange(n, dtype=torch.float32, device=image.device) for n in shape]
+    places = torch.stack(torch.meshgrid(*lines, indexing="ij"))[None] + displacement.float()
+    size = torch.tensor(shape, dtype=torch.float32, device=image.device)
+    size = size.reshape(1, -1, *[1] * len(shape))
+    normalised = 2 * places / (size - 1).clamp(min=1) - 1
+    return F.grid_sample(
+        image.float(),
+        normalised.flip(1).movedim(1, -1),
+        mode=mode,
+        padding_mode="border",
+        align_corners=True,
+    )
+
+
+def roughness(displacement: Tensor) -> Tensor:
+    """Return the mean squared difference of neighbouring displacements.
+
+    Parameters
+    ----------
+    displacement : (B, dimensions, *shape) tensor
+
+    Examples
+    --------
+    >>> float(roughness(torch.ones(1, 2, 5, 5)))
+    0.0
+    """
+    axes = range(2, displacement.ndim)
+    return torch.stack([displacement.diff(dim=axis).square().mean() for axis in axes]).mean()
+
+
+def registration_loss(
+    moved: Tensor, fixed: Tensor, displacement: Tensor, smoothness: float
+) -> Tensor:
+    """Return the mean squared distance of two images, plus the weighted :func:`roughness`.
+
+    Parameters
+    ----------
+    moved, fixed : (B, C, *shape) tensors
+    displacement : (B, dimensions, *shape) tensor
+    smoothness
+        Weight of the roughness.
+    """
+    distance = (moved - fixed.float()).square().sum(1).mean()
+    return distance + smoothness * roughness(displacement)
+
+
+def folded_share(displacement: Tensor) -> Tensor:
+    """Return for each image the share of its pixels where the warp folds.
+
+    Parameters
+    ----------
+    displacement : (B, dimensions, *shape) tensor
+
+    Returns
+    -------
+    (B,) tensor
+        Share of pixels with a Jacobian determinant of the warp that is not above 0.
+
+    Examples
+    --------
+    >>> mirrored = torch.stack([-2 * torch.arange(5.0)[:, None].expand(5, 5), torch.zeros(5, 5)])
+    >>> folded_share(mirrored[None]).tolist(), folded_share(0 * mirrored[None]).tolist()
+    ([1.0], [0.0])
+    """
+    axes = range(displacement.ndim - 2)
+    slopes = []
+    for axis in axes:
+        slope = displacement.diff(dim=2 + axis)
+        for other in axes:
+            # All slopes on the pixels that have a next one on every axis.
+            slope = (
+                slope if other == axis else slope.narrow(2 + other, 0, slope.shape[2 + other] - 1)
+            )
+        slopes.append(slope)
+    jacobian = torch.stack(slopes, dim=-1).movedim(1, -2)
+    jacobian = jacobian + torch.eye(len(axes), device=displacement.device)
+    return (torch.linalg.det(jacobian) <= 0).float().flatten(1).mean(1)
