@@ -249,8 +249,7 @@ class _Cut:
         self._side = side
         steps = ((np.arange(PIXELS) + 0.5) / PIXELS - 0.5) * side
         across, up = (
-            middle + steps / step
-            for middle, step in zip(self._middle, self._spacing, strict=True)
+            middle + steps / step for middle, step in zip(self._middle, self._spacing, strict=True)
         )
         self._points = np.meshgrid(across, up, indexing="ij")
         first, second = (shape[axis] for axis in self.seen)
@@ -306,8 +305,8 @@ def _window(contrast: str, pictures: Sequence[Array]) -> tuple[float, float]:
         top = max(0.2, math.ceil(np.percentile(values, 99.5) * 10) / 10)
         return -top / 2, top
     if contrast == "r2star":
-        return 0.0, max(50.0, math.ceil(np.percentile(values, 99) / 25) * 25.0)
-    low, high = (float(value) for value in np.percentile(values, (0.5, 99.5)))
+        return 0.0, max(75.0, math.ceil(np.percentile(values, 97) / 25) * 25.0)
+    low, high = (float(value) for value in np.percentile(values, (0.5, 97)))
     return (low, high) if high > low else (low, low + 1)
 
 
@@ -380,9 +379,7 @@ def _overview(volumes: _Volumes, labels: Sequence[Label]) -> str:
         across, up = (n * volumes.spacing[k] for n, k in zip(picture.shape, seen, strict=True))
         scale = OVERVIEW_HEIGHT / up
         width = across * scale
-        parts.append(
-            _picture(_grey(picture.T[::-1], low, high), left, 0, width, OVERVIEW_HEIGHT)
-        )
+        parts.append(_picture(_grey(picture.T[::-1], low, high), left, 0, width, OVERVIEW_HEIGHT))
         steps = volumes.spacing[list(seen)] * scale
 
         def to_panel(points: Array, left: float = left, steps: Array = steps) -> Array:
@@ -439,10 +436,10 @@ def _histograms(volumes: _Volumes, label: Label, colours: Mapping[str, str]) -> 
     for name in ("qsm", "r2star"):
         if name not in volumes.maps:
             continue
-        groups = [volumes.maps[name][where] for where in (inside, around)]
-        groups = [values[values != 0] for values in groups]
-        if all(values.size for values in groups):
-            shown.append((name, *groups))
+        within, outside = (volumes.maps[name][where] for where in (inside, around))
+        within, outside = within[within != 0], outside[outside != 0]
+        if within.size and outside.size:
+            shown.append((name, within, outside))
     if not shown:
         return ""
     width, height = 194, 132
