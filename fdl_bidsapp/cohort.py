@@ -18,7 +18,17 @@ from typing import Any
 
 from fdl_bidsapp.bids.inputs import parse_name, read_json
 from fdl_bidsapp.bids.outputs import write_json, write_tsv
-from fdl_bidsapp.errors import InputMissingError
+from fdl_bidsapp.descriptive import (
+    NORM_COLUMNS,
+    SUMMARY_COLUMNS,
+    Curve,
+    Design,
+    choose_design,
+    norm_rows,
+    normal_curves,
+    summarise,
+)
+from fdl_bidsapp.errors import DataError, InputMissingError
 from fdl_bidsapp.imaging.measure import COLUMNS
 from fdl_bidsapp.labels import nuclei
 
@@ -73,6 +83,23 @@ _COMPUTED: dict[str, Row] = {
         f"joined by semicolons, or none; n/a with fewer than {OUTLIER_SCANS} scans",
     },
 }
+RATINGS = ("good", "needs editing", "bad")
+"""What a reader may say of a structure, from best to worst."""
+
+RATING_COLUMNS = ("scan", "abbreviation", "rating", "comment", "rater")
+"""Of a file of ratings; the last two may be absent."""
+
+_RATED: dict[str, Row] = {
+    "rating": {
+        "Description": "What a reader said of the structure; where several did, the worst of it",
+        "Levels": {
+            "good": "to be used as it is",
+            "needs editing": "to be used once it is corrected",
+            "bad": "not to be used",
+        },
+    },
+    "rating_comment": {"Description": "Comments of the readers"},
+}
 _PROVENANCE: dict[str, Row] = {
     "app_version": {"Description": "Version of fdl-bidsapp"},
     "model_name": {"Description": "Name of the model"},
@@ -98,25 +125,70 @@ class Cohort:
         How many scans have which status.
     warnings
         What a reader of the table should know, one line each.
+    results
+        The scans, in the order of the rows.
+    people
+        Columns joined from ``participants.tsv``, as they are named in the rows.
+    design
+        Which of them say who is compared with whom.
+    curves
+        Normal ranges by age, where there are controls enough.
     """
 
     rows: list[Row]
     columns: dict[str, Row]
     scans: dict[str, int]
     warnings: tuple[str, ...]
+    results: tuple[ScanResult, ...] = ()
+    people: tuple[str, ...] = ()
+    design: Design = field(default_factory=Design)
+    curves: tuple[Curve, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Scan:
+class ScanResult:
+    """What the output folder says of one scan.
+
+    Attributes
+    ----------
+    name
+        Beginning of the names of its files, such as ``sub-01_ses-1``.
+    entities
+        By pybids' names.
+    status
+        ``ok``, ``failed`` or ``missing_input``.
+    error
+        Why there is no segmentation, on one line.
+    provenance
+        Versions, model, target, inputs.
+    brain_volume
+        mm³.
+    measures
+        Rows of its table.
+    record
+        The whole record, as it was read; empty where it cannot be.
+    folder
+        Name of the participant's folder; empty for participants without any output.
+    """
+
+    name: str
     entities: dict[str, str]
     status: str
     error: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     brain_volume: float | None = None
     measures: tuple[Row, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    folder: str = ""
 
 
-def collect(output_dir: Path, bids_dir: Path | None = None) -> Cohort:
+def collect(
+    output_dir: Path,
+    bids_dir: Path | None = None,
+    *,
+    ratings: Sequence[Path] = (),
+    controls: str | None = None,
+) -> Cohort:
     """Gather the tables of all scans in an output folder.
 
     Parameters
@@ -126,6 +198,10 @@ def collect(output_dir: Path, bids_dir: Path | None = None) -> Cohort:
     bids_dir
         Dataset whose ``participants.tsv`` is joined, where it has one. Its participants without
         any output are listed as ``missing_input``.
+    ratings
+        Files of ratings, as participant pages export them; see `RATING_COLUMNS`.
+    controls
+        ``COLUMN=VALUE`` that marks controls in ``participants.tsv``; see `choose_design`.
 
     Returns
     -------
@@ -135,14 +211,24 @@ def collect(output_dir: Path, bids_dir: Path | None = None) -> Cohort:
     Raises
     ------
     InputMissingError
-        The folder is absent, or holds no record of any scan.
+        The folder is absent, or holds no record of any scan; a file of ratings is absent.
+    DataError
+        A file of ratings is not one.
+    UsageError
+        `controls` does not fit ``participants.tsv``.
     """
     warnings: list[str] = []
-    scans = _read_scans(output_dir)
-    people, descriptions = _read_participants(bids_dir, warnings) if bids_dir else ({}, {})
+    scans = read_results(output_dir)
+    if not scans:
+        raise InputMissingError(
+            "there is no result of any scan here",
+            "run the participant level first, with the same output folder",
+            path=output_dir,
+        )
+    people, descriptions = read_participants(bids_dir, warnings) if bids_dir else ({}, {})
     known = {scan.entities.get("subject") for scan in scans}
     scans += [
-        _Scan({"subject": label}, "missing_input", _NOT_RUN)
+        ScanResult(f"sub-{label}", {"subject": label}, "missing_input", _NOT_RUN)
         for label in people
         if label not in known
     ]
@@ -152,6 +238,8 @@ def collect(output_dir: Path, bids_dir: Path | None = None) -> Cohort:
     structures = _structures(scans)
     rows = [row for scan in scans for row in _rows(scan, structures, others)]
     _mark_outliers(rows)
+    if ratings:
+        _join_ratings(rows, scans, len(structures), ratings, warnings)
 
     columns = {
         **_BEFORE,
@@ -159,6 +247,7 @@ def collect(output_dir: Path, bids_dir: Path | None = None) -> Cohort:
         **_STATUS,
         **COLUMNS,
         **_COMPUTED,
+        **(_RATED if ratings else {}),
         **_PROVENANCE,
     }
     joined = {name: f"{name}_participants" if name in columns else name for name in descriptions}
@@ -168,7 +257,18 @@ def collect(output_dir: Path, bids_dir: Path | None = None) -> Cohort:
     columns |= {joined[name]: descriptions[name] for name in descriptions}
     warnings += _mixtures(scans)
     status = dict(sorted(Counter(scan.status for scan in scans).items()))
-    return Cohort(rows, columns, status, tuple(warnings))
+    own = {joined[name]: descriptions[name] for name in descriptions}
+    design = choose_design(rows, own, controls)
+    return Cohort(
+        rows,
+        columns,
+        status,
+        tuple(warnings),
+        tuple(scans),
+        tuple(own),
+        design,
+        tuple(normal_curves(rows, design)),
+    )
 
 
 def widen(cohort: Cohort) -> tuple[list[Row], dict[str, Row]]:
@@ -181,8 +281,8 @@ def widen(cohort: Cohort) -> tuple[list[Row], dict[str, Row]]:
     """
     measures = [
         name
-        for name in (*COLUMNS, "volume_fraction", "qc_asymmetry", "qc_outlier")
-        if name not in _IDENTITY
+        for name in (*COLUMNS, "volume_fraction", "qc_asymmetry", "qc_outlier", *_RATED)
+        if name not in _IDENTITY and name in cohort.columns
     ]
     names = {row["abbreviation"]: row["name"] for row in cohort.rows}
     shared = [name for name in cohort.columns if name not in (*measures, *_IDENTITY)]
@@ -208,54 +308,88 @@ def widen(cohort: Cohort) -> tuple[list[Row], dict[str, Row]]:
     return rows, columns
 
 
-def write_group(output_dir: Path, bids_dir: Path | None = None) -> Cohort:
-    """Write ``group_morph.tsv`` and ``group_morph_wide.tsv``, each with its JSON dictionary.
+def write_group(
+    output_dir: Path,
+    bids_dir: Path | None = None,
+    *,
+    ratings: Sequence[Path] = (),
+    controls: str | None = None,
+) -> Cohort:
+    """Write the tables of a cohort, each with its JSON dictionary.
+
+    They are ``group_morph.tsv``, ``group_morph_wide.tsv``, ``group_summary.tsv`` and, where there
+    are controls enough, ``group_norms.tsv``.
 
     Parameters, errors and result are those of `collect`.
     """
-    cohort = collect(output_dir, bids_dir)
-    for name, rows, columns in (
+    cohort = collect(output_dir, bids_dir, ratings=ratings, controls=controls)
+    tables = [
         ("group_morph", cohort.rows, cohort.columns),
         ("group_morph_wide", *widen(cohort)),
-    ):
+        ("group_summary", summarise(cohort.rows, cohort.design), SUMMARY_COLUMNS),
+    ]
+    if cohort.curves:
+        tables.append(("group_norms", norm_rows(cohort.curves), NORM_COLUMNS))
+    else:
+        for extension in ("tsv", "json"):
+            (output_dir / f"group_norms.{extension}").unlink(missing_ok=True)
+    for name, rows, columns in tables:
         write_tsv(output_dir / f"{name}.tsv", rows, list(columns))
         write_json(output_dir / f"{name}.json", columns)
     return cohort
 
 
-def _read_scans(output_dir: Path) -> list[_Scan]:
+def read_results(output_dir: Path, labels: Iterable[str] = ("*",)) -> list[ScanResult]:
+    """Read the records and tables of all scans in an output folder.
+
+    Parameters
+    ----------
+    output_dir
+        Output of the participant level.
+    labels
+        Participants, without ``sub-``.
+
+    Returns
+    -------
+    list of ScanResult
+        By file name; a scan whose record or table cannot be read is a failed one.
+    """
     found = {
         path.with_suffix("")
-        for pattern in ("sub-*/anat/*_morph.*", "sub-*/ses-*/anat/*_morph.*")
+        for label in labels
+        for pattern in (f"sub-{label}/anat/*_morph.*", f"sub-{label}/ses-*/anat/*_morph.*")
         for path in output_dir.glob(pattern)
         if path.suffix in (".json", ".tsv") and not path.name.startswith(".")
     }
-    if not found:
-        raise InputMissingError(
-            "there is no result of any scan here",
-            "run the participant level first, with the same output folder",
-            path=output_dir,
-        )
-    return [_read_scan(stem) for stem in sorted(found)]
+    return [
+        replace(_read_scan(stem), folder=stem.relative_to(output_dir).parts[0])
+        for stem in sorted(found)
+    ]
 
 
-def _read_scan(stem: Path) -> _Scan:
+def _read_scan(stem: Path) -> ScanResult:
     path = stem.with_suffix(".json")
+    name = stem.name.removesuffix("_morph")
     try:
         record = read_json(path)
-        scan = _Scan(
+        scan = ScanResult(
+            name=name,
             entities={name: str(value) for name, value in record["Entities"].items()},
             status=record["Status"],
             error=_one_line(record["Error"]["Cause"]) if record.get("Error") else None,
             provenance=_provenance(record),
             brain_volume=_number(record.get("BrainVolume")),
+            record={key: value for key, value in record.items() if key not in COLUMNS},
         )
-        if scan.status not in _STATUS["status"]["Levels"] or "subject" not in scan.entities:
-            raise ValueError("no known status, or no participant")
+        if scan.status not in _STATUS["status"]["Levels"]:
+            raise ValueError("no known status")
+        if f"sub-{scan.entities['subject']}" not in stem.parts:
+            raise ValueError("it is of another participant")
     except FileNotFoundError:
-        return _Scan(_from_name(stem), "failed", f"{path.name} is missing: run the scan again")
+        error = f"{path.name} is missing: run the scan again"
+        return ScanResult(name, _from_name(stem), "failed", error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return _Scan(_from_name(stem), "failed", _unreadable(path, problem))
+        return ScanResult(name, _from_name(stem), "failed", _unreadable(path, problem))
     if scan.status != "ok":
         return scan
     path = stem.with_suffix(".tsv")
@@ -294,7 +428,7 @@ def _provenance(record: Mapping[str, Any]) -> Row:
     }
 
 
-def _rows(scan: _Scan, structures: Sequence[Row], others: Sequence[str]) -> list[Row]:
+def _rows(scan: ScanResult, structures: Sequence[Row], others: Sequence[str]) -> list[Row]:
     start = {
         column: _prefixed(entity, scan.entities.get(entity)) for entity, column in _ENTITIES.items()
     }
@@ -317,7 +451,7 @@ def _rows(scan: _Scan, structures: Sequence[Row], others: Sequence[str]) -> list
     return rows
 
 
-def _structures(scans: Iterable[_Scan]) -> list[Row]:
+def _structures(scans: Iterable[ScanResult]) -> list[Row]:
     found: dict[str, Row] = {}
     for scan in scans:
         for row in scan.measures:
@@ -343,31 +477,90 @@ def _mark_outliers(rows: Sequence[Row]) -> None:
             known = [row for row in group if row[measure] is not None]
             if len(known) < OUTLIER_SCANS:
                 continue
-            far = _is_far([row[measure] for row in known])
-            for row, outlying in zip(known, far, strict=True):
+            scores = modified_z([row[measure] for row in known])
+            for row, score in zip(known, scores, strict=True):
                 before = row["qc_outlier"] or "none"
-                if outlying:
+                if abs(score) > OUTLIER_ABOVE:
                     row["qc_outlier"] = measure if before == "none" else f"{before};{measure}"
                 else:
                     row["qc_outlier"] = before
 
 
-def _is_far(values: Sequence[float]) -> list[bool]:
-    """Tell which values have a modified z-score above `OUTLIER_ABOVE`.
+def modified_z(values: Sequence[float]) -> list[float]:
+    """Return the modified z-scores, from median and median absolute deviation.
+
+    All are 0 where most values are the same.
 
     Examples
     --------
-    >>> _is_far([10, 11, 12, 13, 14, 40])
-    [False, False, False, False, False, True]
+    >>> [round(z, 1) for z in modified_z([10, 11, 12, 13, 14, 40])]
+    [-1.1, -0.7, -0.2, 0.2, 0.7, 12.4]
     """
     middle = median(values)
-    distances = [abs(value - middle) for value in values]
-    spread = median(distances)
+    spread = median(abs(value - middle) for value in values)
     # 0.6745 makes the median absolute deviation of a normal distribution its standard deviation.
-    return [spread > 0 and 0.6745 * distance / spread > OUTLIER_ABOVE for distance in distances]
+    return [0.6745 * (value - middle) / spread if spread else 0.0 for value in values]
 
 
-def _mixtures(scans: Iterable[_Scan]) -> list[str]:
+def _join_ratings(
+    rows: Sequence[Row],
+    scans: Sequence[ScanResult],
+    structures: int,
+    paths: Sequence[Path],
+    warnings: list[str],
+) -> None:
+    given: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for path in paths:
+        for rating in _read_ratings(path, warnings):
+            given[rating["scan"], rating["abbreviation"]].append(rating)
+    differing = 0
+    for number, row in enumerate(rows):
+        name = scans[number // structures].name
+        said = given.pop((name, row["abbreviation"]), [])
+        grades = {each["rating"] for each in said}
+        row["rating"] = max(grades, key=RATINGS.index, default=None)
+        comments = [
+            f"{each['rater']}: {each['comment']}" if each["rater"] else each["comment"]
+            for each in said
+            if each["comment"]
+        ]
+        row["rating_comment"] = "; ".join(dict.fromkeys(comments)) or None
+        differing += len(grades) > 1
+    if differing:
+        warnings.append(f"{differing} structures are rated differently: the worst rating counts")
+    if given:
+        first = ", ".join(f"{scan} {abbreviation}" for scan, abbreviation in list(given)[:3])
+        warnings.append(f"{len(given)} ratings are of no scan in the output folder ({first})")
+
+
+def _read_ratings(path: Path, warnings: list[str]) -> Iterable[Row]:
+    remedy = "give the file that a participant page exports"
+    try:
+        table = list(_read_tsv(path))
+    except FileNotFoundError:
+        raise InputMissingError("the file of ratings is not there", remedy, path=path) from None
+    except (OSError, ValueError, csv.Error) as problem:
+        told = _one_line(str(problem))
+        raise DataError(f"the ratings cannot be read ({told})", remedy, path=path) from None
+    needed = set(RATING_COLUMNS[:3])
+    if not table or not needed <= table[0].keys():
+        raise DataError(
+            f"this is no file of ratings: it has no rows, or not the columns "
+            f"{', '.join(RATING_COLUMNS[:3])}",
+            remedy,
+            path=path,
+        )
+    for line, cells in enumerate(table, start=2):
+        row = {name: _text(cells.get(name)) for name in RATING_COLUMNS}
+        if row["rating"] in RATINGS and row["scan"] and row["abbreviation"]:
+            yield row
+        elif row["rating"] is not None:
+            warnings.append(
+                f"{path}: line {line} is left out, it has no rating among {', '.join(RATINGS)}"
+            )
+
+
+def _mixtures(scans: Iterable[ScanResult]) -> list[str]:
     finished = [scan.provenance for scan in scans if scan.status == "ok"]
     found = []
     for key, words in (
@@ -384,9 +577,25 @@ def _mixtures(scans: Iterable[_Scan]) -> list[str]:
     return found
 
 
-def _read_participants(
+def read_participants(
     bids_dir: Path, warnings: list[str]
 ) -> tuple[dict[str, dict[str, str | None]], dict[str, Row]]:
+    """Read ``participants.tsv`` and its dictionary, as far as they are there.
+
+    Parameters
+    ----------
+    bids_dir
+        The dataset.
+    warnings
+        Told what is wrong with them.
+
+    Returns
+    -------
+    people
+        Values by column, by participant label without ``sub-``.
+    columns
+        The columns with their BIDS descriptions.
+    """
     path = bids_dir / "participants.tsv"
     try:
         table = list(_read_tsv(path))

@@ -25,9 +25,11 @@ from fdl_bidsapp.bids.outputs import (
     remove_scan_outputs,
     write_image,
     write_json,
+    write_text,
     write_tsv,
 )
 from fdl_bidsapp.errors import FdlError
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.imaging.measure import COLUMNS, measure
 from fdl_bidsapp.labels import Label
 from fdl_bidsapp.pipeline import ScanImages, Segmentation, StandardSpace
@@ -94,8 +96,18 @@ def write_scan(
     labels: Sequence[Label],
     provenance: Provenance,
     standard: StandardSpace | None = None,
+    figures: Mapping[tuple[str, str], str] | None = None,
 ) -> None:
     """Write everything of a scan that went well; the record comes last.
+
+    Parameters
+    ----------
+    out
+        The output folder.
+    scan, images, segmentation, labels, provenance, standard
+        The scan, and what became of it.
+    figures
+        SVG texts by ``desc-`` and ``label-`` (empty where a figure has none).
 
     Raises
     ------
@@ -103,7 +115,7 @@ def write_scan(
         A file cannot be written.
     """
     with alone(out, scan.source_prefix):
-        _write_scan(out, scan, images, segmentation, labels, provenance, standard)
+        _write_scan(out, scan, images, segmentation, labels, provenance, standard, figures or {})
 
 
 def _write_scan(
@@ -114,6 +126,7 @@ def _write_scan(
     labels: Sequence[Label],
     provenance: Provenance,
     standard: StandardSpace | None,
+    figures: Mapping[tuple[str, str], str],
 ) -> None:
     remove_scan_outputs(out, scan)
     used = [source for source in scan.sources if source.contrast in images.maps]
@@ -143,6 +156,9 @@ def _write_scan(
         )
     if standard is not None:
         _write_standard(out, scan, sources, standard)
+    for (desc, abbreviation), svg in figures.items():
+        extra = {"label": abbreviation} if abbreviation else {}
+        write_text(output_path(out, scan.entities, "figure", desc=desc, **extra), svg)
     rows = measure(
         segmentation.labels,
         segmentation.probabilities,
@@ -248,6 +264,12 @@ def _record(
         "ModelSHA256": provenance.model_sha256,
         "Target": images.target if images else None,
         "InputsUsed": used,
+        "Derivations": {
+            source.contrast: source.derivation
+            for source in scan.sources
+            if source.contrast in used
+        },
+        "VoxelSize": None if images is None else spacing_of(images.affine).tolist(),
         "VoxelVolume": voxel,
         "BrainVolume": images.brain_volume if images else None,
         "Notes": list(images.notes if images else scan.notes),

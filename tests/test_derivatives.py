@@ -122,7 +122,9 @@ def test_optional_outputs_go_when_they_are_no_longer_asked_for(
 ):
     out, transform = tmp_path / "out", tmp_path / "transform.h5"
     transform.write_bytes(b"transform")
-    standard = StandardSpace("MNI152NLin2009aSym", segmentation.labels, np.eye(4), transform)
+    marked = segmentation.labels
+    image = marked.astype(np.float32)
+    standard = StandardSpace("MNI152NLin2009aSym", marked, np.eye(4), transform, image, image)
     asked = replace(PROVENANCE, save_probabilities=True)
     write_scan(out, scan, images, segmentation, LABELS, asked, standard)
     optional = [name for name in names(out) if "probseg" in name or "MNI" in name]
@@ -132,6 +134,24 @@ def test_optional_outputs_go_when_they_are_no_longer_asked_for(
     assert output_path(out, scan.entities, "xfm", to=standard.space).read_bytes() == b"transform"
     write_scan(out, scan, images, segmentation, LABELS, PROVENANCE)
     assert not [name for name in names(out) if name in optional]
+
+
+def test_figures_lie_beside_the_masks_and_go_with_them(tmp_path, scan, images, segmentation):
+    out = tmp_path / "out"
+    figures = {("overview", ""): "<svg/>", ("overlay", "RNL"): "<svg>1</svg>"}
+    write_scan(out, scan, images, segmentation, LABELS, PROVENANCE, figures=figures)
+    folder = out / "sub-01" / "figures"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "sub-01_run-2_seg-fdl_desc-overview_dseg.svg",
+        "sub-01_run-2_seg-fdl_label-RNL_desc-overlay_dseg.svg",
+    ]
+    assert (folder / "sub-01_run-2_seg-fdl_label-RNL_desc-overlay_dseg.svg").read_text() == (
+        "<svg>1</svg>"
+    )
+    other = folder / "sub-01_run-3_seg-fdl_desc-overview_dseg.svg"
+    other.touch()
+    write_scan(out, scan, images, segmentation, LABELS, PROVENANCE)
+    assert list(folder.iterdir()) == [other]
 
 
 def test_a_failure_leaves_the_record_alone(tmp_path, scan, images, segmentation):

@@ -77,10 +77,10 @@ def output_path(
     entities
         The scan's (`Scan.entities`).
     kind
-        ``dseg``, ``mask``, ``probseg``, ``morph`` or ``xfm``.
+        ``dseg``, ``mask``, ``probseg``, ``morph``, ``xfm`` or ``figure``.
     extra
-        Further pybids entities: ``space`` (``orig`` if not given), ``res``, ``label``, ``from``,
-        ``to``, and ``extension``.
+        Further pybids entities: ``space`` (``orig`` if not given), ``res``, ``label``, ``desc``,
+        ``from``, ``to``, and ``extension``.
 
     Raises
     ------
@@ -96,12 +96,18 @@ def output_path(
     'sub-01_run-2_space-MNI152NLin2009aSym_seg-fdl_res-1_dseg.nii.gz'
     >>> output_path("out", entities, "xfm", to="MNI152NLin2009aSym").name
     'sub-01_run-2_from-orig_to-MNI152NLin2009aSym_mode-image_xfm.h5'
+    >>> output_path("out", entities, "figure", desc="overlay", label="RNL").as_posix()
+    'out/sub-01/figures/sub-01_run-2_seg-fdl_label-RNL_desc-overlay_dseg.svg'
     """
     from bids.layout.writing import build_path
 
     spec = io_spec()["outputs"]
     values = {**dict(entities), **extra}
-    path = build_path(values, [spec["source"] + spec["kinds"][kind]], strict=True)
+    if kind == "figure":
+        pattern = spec["figures_folder"] + spec["source"] + spec["figure"]
+    else:
+        pattern = spec["folder"] + spec["source"] + spec["kinds"][kind]
+    path = build_path(values, [pattern], strict=True)
     if not isinstance(path, str):
         raise ValueError(f"{values} do not make the name of a {kind}")
     return Path(out) / path
@@ -601,6 +607,7 @@ def remove_scan_outputs(out: str | Path, scan: Scan) -> tuple[Path, ...]:
                 own.append(path)
         except ValueError:
             continue
+    own += _figures(Path(out), scan)
     own.sort(key=lambda path: path != record)
     for path in own:
         try:
@@ -608,3 +615,16 @@ def remove_scan_outputs(out: str | Path, scan: Scan) -> tuple[Path, ...]:
         except OSError as error:
             raise _write_error(error, path) from error
     return tuple(own)
+
+
+def _figures(out: Path, scan: Scan) -> list[Path]:
+    """Return the figures of one scan, among them what a killed process has left of them."""
+    own = []
+    for path in sorted((out / f"sub-{scan.subject}" / "figures").glob("*_dseg.svg")):
+        name = re.sub(_TEMPORARY, "", path.name)
+        values = parse_name(name)
+        extra = {key: values[key] for key in ("desc", "label") if key in values}
+        with suppress(ValueError):
+            if output_path(out, scan.entities, "figure", **extra) == path.with_name(name):
+                own.append(path)
+    return own

@@ -180,6 +180,7 @@ class DeliverScan(SimpleInterface):
         from fdl_bidsapp.bids.outputs import output_path
         from fdl_bidsapp.derivatives import write_scan
         from fdl_bidsapp.pipeline import load_images, to_native, to_standard
+        from fdl_bidsapp.reports.reportlets import draw_scan
 
         labels = load_model(self.inputs.model, self.inputs.model_sha256).spec.labels
         images = load_images(self.inputs.images)
@@ -196,6 +197,12 @@ class DeliverScan(SimpleInterface):
                 images, segmentation, self.inputs.space, Path(runtime.cwd), self.inputs.seed
             )
         out, scan = Path(self.inputs.output_dir), self.inputs.scan
-        write_scan(out, scan, images, segmentation, labels, self.inputs.provenance, standard)
+        figures = {
+            (figure.desc, figure.label): figure.svg
+            for figure in draw_scan(images, segmentation, labels, standard)
+        }
+        write_scan(
+            out, scan, images, segmentation, labels, self.inputs.provenance, standard, figures
+        )
         self._results["record"] = str(output_path(out, scan.entities, "morph", extension=".json"))
         return runtime
