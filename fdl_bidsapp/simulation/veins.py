@@ -34,7 +34,7 @@ def paint_veins(
     for course, radius in _courses(rng):
         course = course + rng.normal(0, 1.0, 3)
         voxels = course @ inverse[:3, :3].T + inverse[:3, 3]
-        _paint_tube(vein, voxels, radius, np.asarray(spacing))
+        paint_tube(vein, voxels, radius, np.asarray(spacing))
     return vein * np.clip(room, 0, 1)
 
 
@@ -60,7 +60,7 @@ def _courses(rng: np.random.Generator) -> list[tuple[Array, float]]:
     return courses
 
 
-def _paint_tube(vein: Array, voxels: Array, radius: float, spacing: Array) -> None:
+def paint_tube(vein: Array, voxels: Array, radius: float, spacing: Array) -> None:
     """Fill a tube along a line of points (in voxels), thinner ones than a voxel in part."""
     reach = np.ceil((radius + 1) / spacing).astype(int)
     steps = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), -1)
