@@ -259,6 +259,85 @@ def register_to_template(
     )
 
 
+def register_features(
+    moving: nib.Nifti1Image,
+    fixed: nib.Nifti1Image,
+    moving_features: NDArray[np.float32],
+    fixed_features: NDArray[np.float32],
+    folder: str | PathLike[str],
+    seed: int = 0,
+) -> Registration:
+    """Register two images whatever their contrasts, with features as further metrics.
+
+    An affine stage by the mutual information of the images is followed by SyN, in which every
+    feature channel is a metric of its own (mean squares) beside that information.
+
+    Parameters
+    ----------
+    moving, fixed
+        3-D images.
+    moving_features, fixed_features : (C, X, Y, Z) arrays
+        On the images' grids; see :func:`fdl_bidsapp.models.cifl.compute_features`.
+    folder
+        Where transforms go; made if need be.
+    seed
+        For the voxels that the affine stage samples.
+
+    Returns
+    -------
+    Registration
+        ``template`` is ``fixed``, ``native`` is ``moving``.
+
+    Raises
+    ------
+    ImageError
+        ANTs found no transform.
+    ValueError
+        The features have unlike channels or do not lie on the images' grids.
+    """
+    import ants
+
+    if (
+        len(moving_features) != len(fixed_features)
+        or moving_features.shape[1:] != moving.shape
+        or fixed_features.shape[1:] != fixed.shape
+    ):
+        raise ValueError("features need the same channels, on the grids of their images")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    ants.config.set_ants_deterministic(True, seed)
+
+    def channel(data: NDArray[np.float32], image: nib.Nifti1Image) -> ants.ANTsImage:
+        return to_ants(nib.Nifti1Image(data, image.affine))
+
+    pairs = [
+        (channel(f, fixed), channel(m, moving))
+        for f, m in zip(fixed_features, moving_features, strict=True)
+    ]
+    target, source = to_ants(fixed), to_ants(moving)
+    try:
+        affine = ants.registration(
+            fixed=target,
+            moving=source,
+            type_of_transform="Affine",
+            outprefix=str(folder / "affine_"),
+        )
+        result = ants.registration(
+            fixed=target,
+            moving=source,
+            type_of_transform="SyNOnly",
+            initial_transform=affine["fwdtransforms"][0],
+            outprefix=str(folder / "features_"),
+            multivariate_extras=[("meansquares", f, m, 1.0, 0) for f, m in pairs],
+            write_composite_transform=True,
+        )
+    except RuntimeError as error:
+        raise ImageError(
+            "the images could not be registered", "check that they show the same anatomy"
+        ) from error
+    return Registration(Path(result["fwdtransforms"]), Path(result["invtransforms"]), fixed, moving)
+
+
 def _prepared(moving: nib.Nifti1Image, template: nib.Nifti1Image) -> nib.Nifti1Image:
     """Return the scan's brain at the template's spacing, evened out, in [0, 1], 0 outside."""
     x, y, z = (float(value) for value in spacing_of(template.affine))

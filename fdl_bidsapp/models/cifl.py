@@ -128,6 +128,29 @@ class FeatureNetwork(nn.Module):
         return self.layers[-1](x)
 
 
+@torch.no_grad()
+def standardise(network: FeatureNetwork, images: Tensor) -> None:
+    """Give each channel mean 0 and standard deviation 1 over some images, by its last layer.
+
+    The loss leaves scale and (where maps are centred) offset of a channel free. Without this,
+    unit vectors over the channels would be those of whichever channels happen to be large.
+
+    Parameters
+    ----------
+    network
+        Changed in place.
+    images : (B, 1, *shape) tensor
+        Typical of what it was trained on.
+    """
+    features = network(images).float().transpose(0, 1).flatten(1)
+    last = network.layers[-1]
+    assert isinstance(last, nn.Conv2d | nn.Conv3d)
+    assert last.bias is not None
+    deviation = features.std(1).clamp(min=1e-12)
+    last.weight /= deviation.reshape(-1, *[1] * (last.weight.ndim - 1))
+    last.bias.copy_((last.bias - features.mean(1)) / deviation)
+
+
 class FrozenFeatures(nn.Module):
     """A trained feature network as the first part of another one; it learns no more.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fdl_bidsapp.errors import UsageError
 from fdl_bidsapp.models.bundle import save_features
-from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec, cifl_loss
+from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec, cifl_loss, standardise
 from fdl_bidsapp.models.inference import resolve_device
 from fdl_bidsapp.simulation.random_shapes import random_pair
 from fdl_bidsapp.training.fit import draw_training_curve, run_folder, with_values
@@ -22,6 +22,9 @@ from fdl_bidsapp.training.recipes import make_feature_recipe
 
 CROPS = {2: (112, 96), 3: (48, 48, 48)}
 """Grids that are trained on, by dimensions, unless another one is given."""
+
+STANDARD_IMAGES = 16
+"""Random images over which the finished channels are standardised."""
 
 
 @dataclass(frozen=True)
@@ -176,5 +179,8 @@ def fit_features(
         "finished": time.strftime("%Y-%m-%d"),
     }
     network = cast(TwoViews, trained.network).features
+    # Shapes that no step has seen.
+    generator = torch.Generator(where).manual_seed(settings.seed * 2**32 + 2**31)
+    standardise(network, random_pair(generator, STANDARD_IMAGES, settings.grid_shape)[0])
     save_features(output, network, replace(spec, provenance=provenance))
     return output

@@ -20,6 +20,7 @@ from fdl_bidsapp.models.cifl import (
     FeatureSpec,
     cifl_loss,
     compute_features,
+    standardise,
     unit_maps,
     unit_pixels,
 )
@@ -102,6 +103,22 @@ def test_units_are_over_space_in_the_loss_and_over_channels_outside():
     features = torch.randn(2, 5, 6, 7)
     assert torch.allclose(unit_maps(features).norm(dim=2), torch.ones(2, 5))
     assert torch.allclose(unit_pixels(features).norm(dim=1), torch.ones(2, 6, 7))
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_standardised_channels_have_mean_nought_and_deviation_one(dimensions):
+    torch.manual_seed(0)
+    network = FeatureNetwork(FeatureSpec("n", dimensions, channels=3, width=4))
+    images = torch.rand(4, 1, *(12,) * dimensions)
+    before = network(images)
+    standardise(network, images)
+    after = network(images).transpose(0, 1).flatten(1)
+    assert torch.allclose(after.mean(1), torch.zeros(3), atol=1e-4)
+    assert torch.allclose(after.std(1), torch.ones(3), atol=1e-3)
+    # Nothing but scale and offset of each channel has changed.
+    pair = torch.stack([before[:, 0].flatten(), after[0]]).detach()
+    correlation = torch.corrcoef(pair)[0, 1]
+    assert float(correlation) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
