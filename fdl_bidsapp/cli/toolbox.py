@@ -54,11 +54,43 @@ def build_parser() -> argparse.ArgumentParser:
     simulate = commands.add_parser(
         "simulate", help="write a simulated BIDS dataset with its true segmentation"
     )
-    simulate.add_argument("output", type=Path, metavar="OUT", help="folder of the dataset")
+    simulate.add_argument(
+        "output", type=Path, nargs="?", metavar="OUT", help="folder of the dataset"
+    )
     simulate.add_argument("--participants", type=int, default=4, metavar="N", help="default: 4")
     simulate.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    simulate.add_argument("--truth", type=Path, metavar="DIR", help="folder of the true label maps")
     simulate.add_argument(
-        "--truth", type=Path, required=True, metavar="DIR", help="folder of the true label maps"
+        "--labels-dir",
+        type=Path,
+        metavar="DIR",
+        help="head label maps to simulate, with dseg.tsv; default: a template with smooth shapes",
+    )
+    simulate.add_argument(
+        "--profile",
+        choices=("ordinary", "full"),
+        default="ordinary",
+        help="range of the effects, with --labels-dir; default: ordinary",
+    )
+    simulate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="EFFECT=VALUE",
+        help="force an effect, with --labels-dir: a value, off, mild, middle or harsh",
+    )
+    simulate.add_argument(
+        "--echoes", action="store_true", help="write the echoes too, with --labels-dir"
+    )
+    simulate.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
+    simulate.add_argument(
+        "--gallery",
+        type=Path,
+        metavar="FIGURE",
+        help="draw the region of the nuclei of each participant instead, with --labels-dir",
+    )
+    simulate.add_argument(
+        "--describe", action="store_true", help="print the effects and their ranges instead"
     )
     simulate.set_defaults(command=_simulate)
 
@@ -91,21 +123,88 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from fdl_bidsapp.simulation.demo import simulate_dataset
+    if options.describe:
+        from fdl_bidsapp.simulation.parameters import table
 
+        print(table(), end="")
+        return 0
+    if options.labels_dir is None:
+        special = {"--gallery": options.gallery, "--set": options.set, "--echoes": options.echoes}
+        for option, used in special.items():
+            if used:
+                raise UsageError(f"{option} needs head label maps", "give --labels-dir")
+    if options.gallery is not None:
+        return _draw_gallery(options)
+    if options.output is None or options.truth is None:
+        raise UsageError(
+            "the folders of the dataset and of its truth are both needed", "give OUT and --truth"
+        )
     for folder in (options.output, options.truth):
         if folder.is_dir() and any(folder.iterdir()):
             raise OutputError(
                 "the folder is not empty", "choose another one, or empty it first", path=folder
             )
-    simulate_dataset(
+
+    def progress(scan: str) -> None:
+        print(f"simulated {scan}", file=sys.stderr)
+
+    if options.labels_dir is None:
+        from fdl_bidsapp.simulation.demo import simulate_dataset
+
+        simulate_dataset(
+            options.output,
+            options.truth,
+            participants=options.participants,
+            seed=options.seed,
+            progress=progress,
+        )
+        return 0
+
+    from fdl_bidsapp.models.inference import resolve_device
+    from fdl_bidsapp.simulation.population import simulate_population
+
+    simulate_population(
         options.output,
         options.truth,
+        options.labels_dir,
         participants=options.participants,
         seed=options.seed,
-        progress=lambda scan: print(f"simulated {scan}", file=sys.stderr),
+        profile=options.profile,
+        forced=_effects(options.set),
+        echoes=options.echoes,
+        device=str(resolve_device(options.device)),
+        progress=progress,
     )
     return 0
+
+
+def _draw_gallery(options: argparse.Namespace) -> int:
+    from fdl_bidsapp.models.inference import resolve_device
+    from fdl_bidsapp.simulation.gallery import REGION, draw_gallery
+    from fdl_bidsapp.simulation.population import draw_scans
+
+    scans = draw_scans(
+        options.labels_dir,
+        options.participants,
+        options.seed,
+        options.profile,
+        _effects(options.set),
+        box=REGION,
+        device=str(resolve_device(options.device)),
+    )
+    draw_gallery(options.gallery, (scan for _, scan in scans))
+    return 0
+
+
+def _effects(words: Sequence[str]) -> dict[str, float | int | str]:
+    """Split EFFECT=VALUE; what they mean is checked where the effects are known."""
+    forced: dict[str, float | int | str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f"--set {word} has no value", "write --set EFFECT=VALUE")
+        forced[name.strip()] = value.strip()
+    return forced
 
 
 def _list_models(options: argparse.Namespace) -> int:

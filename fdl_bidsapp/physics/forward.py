@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 def dipole_field(
     susceptibility: Tensor,
-    spacing: Sequence[float] | Array,
+    spacing: Sequence[float],
     direction: Sequence[float] | Array = (0.0, 0.0, 1.0),
     *,
     outside: float = 0.0,
@@ -112,7 +112,7 @@ def average_slices(image: Tensor, n: int) -> Tensor:
 
 def steps_and_waves(
     image: Tensor,
-    spacing: Sequence[float] | Array,
+    spacing: Sequence[float],
     *,
     acquired: float = 1.0,
     displacement: Tensor | None = None,
@@ -154,7 +154,7 @@ def steps_and_waves(
     return torch.fft.ifft2(spectrum * (factor * inside)[..., None], dim=(-3, -2))
 
 
-def smooth(image: Tensor, spacing: Sequence[float] | Array, fwhm: float) -> Tensor:
+def smooth(image: Tensor, spacing: Sequence[float], fwhm: float) -> Tensor:
     """Smooth (..., X, Y, Z) images with a Gaussian of a width in mm; the border goes on."""
     if fwhm <= 0:
         return image

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from fdl_bidsapp import __version__
-from fdl_bidsapp.bids.outputs import write_image, write_json, write_text, write_tsv
+from fdl_bidsapp.bids.outputs import write_json, write_tsv
 from fdl_bidsapp.errors import UsageError
-from fdl_bidsapp.labels import nuclei
 from fdl_bidsapp.simulation.contrast import Protocol
-from fdl_bidsapp.simulation.scan import SimulatedScan, simulate_scan
+from fdl_bidsapp.simulation.scan import simulate_scan
 from fdl_bidsapp.simulation.tissue import Person
+from fdl_bidsapp.simulation.writing import (
+    Acquisition,
+    describe_datasets,
+    write_echoes,
+    write_maps,
+    write_truth,
+)
 
 Array = np.ndarray
 
@@ -130,27 +134,17 @@ def simulate_dataset(
             )
             prefix = f"sub-{participant.label}" + (f"_ses-{session}" if session else "")
             folder = Path(*prefix.split("_")) / "anat"
+            how = _acquisition(participant.protocol)
             if participant.raw:
-                _write_echoes(out / folder / prefix, scan, participant.protocol)
+                write_echoes(out / folder / prefix, scan.signal, scan.affine, how)
             else:
-                _write_maps(out / folder / prefix, scan, participant.protocol)
-            _write_truth(truth / folder / prefix, scan)
+                write_maps(out / folder / prefix, scan.maps, scan.affine, how)
+            write_truth(truth / folder / prefix, scan.labels, scan.affine)
             progress(prefix)
 
 
 def _describe(out: Path, truth: Path, cohort: list[Participant], seed: int) -> None:
-    generated = [{"Name": "fdl simulate", "Version": __version__}]
-    common = {"BIDSVersion": "1.10.0", "License": "CC0", "GeneratedBy": generated}
-    write_json(
-        out / "dataset_description.json",
-        {"Name": "Simulated multi-echo GRE cohort", "DatasetType": "raw", **common},
-    )
-    write_json(
-        truth / "dataset_description.json",
-        {"Name": "Truth of the simulated cohort", "DatasetType": "derivative", **common},
-    )
-    for folder in (out, truth):
-        write_text(folder / "README.md", README.format(version=__version__, seed=seed))
+    describe_datasets(out, truth, README.format(version=__version__, seed=seed))
     rows = [
         {
             "participant_id": f"sub-{p.label}",
@@ -172,85 +166,14 @@ def _describe(out: Path, truth: Path, cohort: list[Participant], seed: int) -> N
             },
         },
     )
-    columns = ("index", "name", "abbreviation", "color", "mapping")
-    write_tsv(truth / "dseg.tsv", [vars(label) for label in nuclei()], columns)
 
 
-def _write_maps(stem: Path, scan: SimulatedScan, protocol: Protocol) -> None:
-    times = list(protocol.echo_times)
+def _acquisition(protocol: Protocol) -> Acquisition:
     inversion = protocol.inversion.replace("_", " ")
-    parts: dict[str, tuple[str, dict[str, Any]]] = {
-        "Chimap": (
-            "qsm",
-            {
-                "EchoTime": times,
-                "Units": "ppm",
-                "EstimationAlgorithm": f"weighted fit of phase differences, V-SHARP, {inversion}",
-            },
-        ),
-        "R2starmap": (
-            "r2star",
-            {
-                "EchoTime": times,
-                "Units": "1/s",
-                "EstimationAlgorithm": "mono-exponential, weighted log-linear least squares",
-            },
-        ),
-        "part-mag_T2starw": ("imag", {"EchoTime": times, "Units": "arbitrary"}),
-        "rec-swi_T2starw": ("swi", {"EchoTime": times[protocol.swi_echo], "Units": "arbitrary"}),
-    }
-    for suffix, (contrast, metadata) in parts.items():
-        name = f"{stem.name}_{suffix}"
-        _write_measured(stem.with_name(name), scan.maps[contrast], scan.affine, protocol, metadata)
-
-
-def _write_truth(stem: Path, scan: SimulatedScan) -> None:
-    labels = nib.Nifti1Image(scan.labels, scan.affine)
-    write_image(stem.with_name(f"{stem.name}_dseg.nii.gz"), _in_scanner(labels))
-    write_json(
-        stem.with_name(f"{stem.name}_dseg.json"),
-        {"Description": "Where the simulation put the nuclei", "Manual": False},
+    return Acquisition(
+        protocol.echo_times,
+        protocol.field_strength,
+        protocol.swi_echo,
+        f"weighted fit of phase differences, V-SHARP, {inversion}",
+        "mono-exponential, weighted log-linear least squares",
     )
-
-
-def _write_echoes(stem: Path, scan: SimulatedScan, protocol: Protocol) -> None:
-    for e, time in enumerate(protocol.echo_times):
-        echo = scan.signal[..., e]
-        for part, data, unit in (
-            ("mag", np.abs(echo), "arbitrary"),
-            ("phase", np.angle(echo), "rad"),
-        ):
-            _write_measured(
-                stem.with_name(f"{stem.name}_echo-{e + 1}_part-{part}_MEGRE"),
-                data,
-                scan.affine,
-                protocol,
-                {"EchoTime": time, "Units": unit},
-            )
-
-
-def _write_measured(
-    stem: Path, data: Array, affine: Array, protocol: Protocol, metadata: dict[str, Any]
-) -> None:
-    """Write an image as scanners do, in 16-bit integers with a slope, and its sidecar."""
-    image = nib.Nifti1Image(data.astype(np.float32), affine)
-    image.set_data_dtype(np.int16)
-    write_image(stem.with_name(f"{stem.name}.nii.gz"), _in_scanner(image))
-    acquisition = {
-        "Manufacturer": "simulated",
-        "ManufacturersModelName": "fdl simulate",
-        "SoftwareVersions": __version__,
-        "MagneticFieldStrength": protocol.field_strength,
-        "PulseSequenceType": "Spoiled multi-echo gradient echo",
-        "ScanningSequence": "GR",
-        "SequenceVariant": "SP",
-        "MRAcquisitionType": "3D",
-    }
-    write_json(stem.with_name(f"{stem.name}.json"), {**acquisition, **metadata})
-
-
-def _in_scanner(image: nib.Nifti1Image) -> nib.Nifti1Image:
-    image.header.set_xyzt_units("mm")
-    image.set_sform(image.affine, 1)
-    image.set_qform(image.affine, 1)
-    return image

@@ -185,7 +185,7 @@ def read_head_map(path: Path, device: torch.device | str = "cpu") -> HeadMap:
         raise InputMissingError("no such file", "check the path", path=path) from error
     except Exception as error:
         raise ImageError(
-            f"the label map cannot be read ({error})", "copy it again", path
+            f"the label map cannot be read ({error})", "copy it again", path=path
         ) from error
     return head_map(path.name.split(".")[0], labels, image.affine, _table(path.parent), device)
 

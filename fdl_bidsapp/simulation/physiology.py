@@ -14,6 +14,14 @@ from fdl_bidsapp.simulation.parameters import Values, generator, iron_of
 from fdl_bidsapp.simulation.tissue import IRON_RICH, Person, Tissue, tissue_table
 
 MYELINATED = ("white_matter", "cerebellar_white_matter", "brainstem", "cerebral_peduncle")
+GREY = ("cortical_grey", "cerebellar_cortex", "thalamus")
+
+FAMILIES = {
+    **dict.fromkeys(IRON_RICH, ("iron", 0.5)),
+    **dict.fromkeys(MYELINATED, ("myelin", 0.8)),
+    **dict.fromkeys(GREY, ("grey matter", 0.6)),
+}
+"""What tissues of a kind share, and how much of their variance."""
 
 
 @cache
@@ -54,7 +62,8 @@ def draw_properties(seed: Sequence[int] | int, values: Values) -> dict[str, Tiss
     Notes
     -----
     The iron-rich nuclei of one head share half of their variance, and in each the same deviation
-    moves susceptibility and R2*, as both follow iron. Iron moves R2* by 0.4 of its share, since a
+    moves susceptibility and R2*, as both follow iron; tissues of white matter share four fifths,
+    those of grey matter three fifths. Iron moves R2* by 0.4 of its share, since a
     red nucleus without iron would decay at about 20 1/s. R2* grows linearly with field strength but
     for a constant share. T1 grows with the third root of field strength (Bottomley et al., Med.
     Phys. 11 (1984) 425-448). Myelin's share of R2* and susceptibility matures over the first years.
@@ -64,29 +73,26 @@ def draw_properties(seed: Sequence[int] | int, values: Values) -> dict[str, Tiss
     iron = Person(age=float(p["age"])).iron() * float(p["iron"])
     raised = iron_of(str(p["diagnosis"]))
     myelin = 1 - 0.35 * np.exp(-float(p["age"]) / 3)
-    shared = generator(seed, "iron of all nuclei").standard_normal()
     field = float(p["field_strength"])
     decay = float(p["static_decay"]) + (1 - float(p["static_decay"])) * field / 3
     tissues = {}
     for name, row in all_tissues().items():
         rng = generator(seed, f"tissue {name}")
-        own, other, density = rng.standard_normal(3)
+        family, share = FAMILIES.get(name, (name, 0.0))
+        deviation = np.sqrt(1 - share) * rng.standard_normal(3)
+        deviation += np.sqrt(share) * generator(seed, family).standard_normal(3)
         level = 1.0
         if name in IRON_RICH:
             level = iron * raised.get(name, 1.0)
-            first = np.sqrt(0.5) * (shared + own)
-            second = 0.8 * first + 0.6 * other
-        else:
-            first, second = own, other
-        limit = 2.5
-        chi = row["chi"] * level + row["chi_sd"] * spread * np.clip(first, -limit, limit)
-        r2star = row["r2star"] * (1 + 0.4 * (level - 1))
-        r2star += row["r2star_sd"] * spread * np.clip(second, -limit, limit)
+            deviation[1] = 0.8 * deviation[0] + 0.6 * deviation[1]
+        first, second, density = np.clip(deviation, -2.5, 2.5)
+        chi = row["chi"] * level + row["chi_sd"] * spread * first
+        r2star = row["r2star"] * (1 + 0.4 * (level - 1)) + row["r2star_sd"] * spread * second
         if name in IRON_RICH:
             chi = max(chi, 0.1 * row["chi"])
         if name in MYELINATED:
             chi, r2star = chi * myelin, r2star * myelin
-        rho = row["rho"] * np.exp(float(p["proton_density"]) * np.clip(density, -limit, limit))
+        rho = row["rho"] * np.exp(float(p["proton_density"]) * density)
         weight = steady_state(
             label_map_table()["t1"][name] * (field / 3) ** (1 / 3),
             max(float(p["repetition_time"]), echo_times(p)[-1] + 0.005),

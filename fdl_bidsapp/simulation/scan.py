@@ -126,7 +126,7 @@ def simulate_scan(
 
 
 def draw_protocol(rng: np.random.Generator) -> tuple[Protocol, tuple[float, ...], Array]:
-    """Draw a protocol, voxel size and tilt from the range that training covers.
+    """Draw a protocol, voxel size and tilt such as most sites have at 3 T.
 
     Returns
     -------
@@ -135,20 +135,16 @@ def draw_protocol(rng: np.random.Generator) -> tuple[Protocol, tuple[float, ...]
     angles : (3,) array, degrees
     """
     # Few echoes and no voxels finer than the model's grid: both cost time and teach nothing.
-    n_echoes = int(rng.integers(3, 5))
-    first = rng.uniform(0.003, 0.007)
-    last = rng.uniform(0.018, 0.036)
-    field_strength = float(rng.choice([1.5, 3.0, 3.0, 3.0, 7.0]))
-    times = np.linspace(first, last, n_echoes) * min(1.0, 4.5 / field_strength)
+    n_echoes = int(rng.integers(4, 6))
+    times = np.linspace(rng.uniform(0.003, 0.006), rng.uniform(0.022, 0.034), n_echoes)
     protocol = Protocol(
         echo_times=tuple(float(t) for t in times),
-        field_strength=field_strength,
-        snr=float(np.exp(rng.uniform(np.log(20), np.log(120)))),
-        bias=float(rng.uniform(0.05, 0.35)),
-        texture=float(rng.uniform(0.5, 2.0)),
-        inversion="thresholded_division" if rng.integers(2) else "tikhonov",
+        snr=float(np.exp(rng.uniform(np.log(35), np.log(110)))),
+        bias=float(rng.uniform(0.05, 0.3)),
+        texture=float(rng.uniform(0.7, 1.5)),
+        inversion="thresholded_division" if rng.random() < 0.25 else "tikhonov",
     )
-    in_plane = float(rng.uniform(1.0, 1.25))
-    spacing = (in_plane, in_plane, float(rng.choice([in_plane, rng.uniform(1.0, 2.4)])))
-    angles = rng.normal(0, 6, 3)
+    in_plane = float(rng.uniform(1.0, 1.15))
+    spacing = (in_plane, in_plane, float(rng.choice([in_plane, rng.uniform(1.0, 1.6)])))
+    angles = rng.normal(0, 5, 3)
     return protocol, spacing, angles
