@@ -57,15 +57,21 @@ class FeatureSettings:
 
 
 class TwoViews(nn.Module):
-    """The features of one anatomy in two contrasts, called as the training loop calls a network."""
+    """The features of one anatomy in two contrasts, called as the training loop calls a network.
+
+    The border is cut off as far as a feature can see beyond it: what a convolution's padding leaves
+    there is the same in every contrast, and would be all that is learnt.
+    """
 
     def __init__(self, features: FeatureNetwork) -> None:
         super().__init__()
         self.features = features
+        margin = slice(len(features.layers), -len(features.layers))
+        self.inner = (slice(None), slice(None), *[margin] * features.dimensions)
 
     def forward(self, first: Tensor, others: list[Tensor]) -> list[Tensor]:
-        """Return the features of each view."""
-        return [self.features(view) for view in (first, *others)]
+        """Return the features of each view, without their border."""
+        return [self.features(view)[self.inner] for view in (first, *others)]
 
 
 def make_feature_settings(values: Mapping[str, Any]) -> FeatureSettings:
@@ -86,12 +92,13 @@ def make_feature_settings(values: Mapping[str, Any]) -> FeatureSettings:
         raise UsageError(f"the number of dimensions is {settings.dimensions}", "give 2 or 3")
     if not settings.grid_shape:
         settings = replace(settings, grid_shape=CROPS[settings.dimensions])
+    least = 2 * settings.layers + 4
     if len(settings.grid_shape) != settings.dimensions or not all(
-        8 <= n <= 512 for n in settings.grid_shape
+        least <= n <= 512 for n in settings.grid_shape
     ):
         raise UsageError(
             f"the grid of the random images is {list(settings.grid_shape)}",
-            f"give {settings.dimensions} lengths from 8 to 512",
+            f"give {settings.dimensions} lengths from {least} to 512 (the border is cut off)",
         )
     return settings
 

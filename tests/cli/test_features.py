@@ -66,7 +66,7 @@ def test_models_are_shown_and_checked(model, capsys):
 def test_trains_features_from_the_command_line(tmp_path, capsys):
     config = tmp_path / "cifl.toml"
     config.write_text(
-        'recipe = "cifl"\ndimensions = 2\nchannels = 3\nwidth = 4\ngrid_shape = [16, 16]\n'
+        'recipe = "cifl"\ndimensions = 2\nchannels = 3\nwidth = 4\ngrid_shape = [24, 24]\n'
         "recipe_options = {batch = 1, tau_channels = 0.1}\n"
     )
     output = tmp_path / "f.safetensors"

@@ -8,7 +8,7 @@ from fdl_bidsapp.errors import DataError, ModelError, UsageError
 from fdl_bidsapp.models.bundle import load_bundle, load_features, save_features
 from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec, unit_maps
 from fdl_bidsapp.simulation.random_shapes import random_pair
-from fdl_bidsapp.training.cifl import fit_features, make_feature_settings
+from fdl_bidsapp.training.cifl import TwoViews, fit_features, make_feature_settings
 from fdl_bidsapp.training.fit import fit, make_settings
 from fdl_bidsapp.training.recipes import make_feature_recipe
 
@@ -16,15 +16,16 @@ from fdl_bidsapp.training.recipes import make_feature_recipe
 def settings(**values):
     quick = {"steps": 3, "batch": 2, "mixed_precision": False}
     options = {**quick, **values.pop("recipe_options", {})}
-    base = {"dimensions": 2, "channels": 4, "width": 8, "grid_shape": [24, 24]}
+    base = {"dimensions": 2, "channels": 4, "width": 8, "layers": 4, "grid_shape": [24, 24]}
     return make_feature_settings({**base, "recipe_options": options, **values})
 
 
 def similarity(network) -> float:
-    """Mean likeness of a channel's maps in two contrasts of unseen shapes."""
+    """Mean likeness of a channel's maps in two contrasts of unseen shapes, off the border."""
     first, second, _ = random_pair(torch.Generator().manual_seed(10**6), 8, (32, 32))
     with torch.inference_mode():
-        r1, r2 = (unit_maps(network(view), centred=True) for view in (first, second))
+        maps = (network(view)[..., 4:-4, 4:-4] for view in (first, second))
+        r1, r2 = (unit_maps(one, centred=True) for one in maps)
     return float((r1 * r2).sum(2).mean())
 
 
@@ -40,9 +41,20 @@ def test_training_makes_features_of_unseen_shapes_alike_in_two_contrasts(tmp_pat
     assert similarity(bundle.network()) > before + 0.2
 
 
+def test_nothing_is_learnt_from_the_border():
+    torch.manual_seed(0)
+    network = FeatureNetwork(FeatureSpec("n", 2, channels=3, width=4, layers=4))
+    small = torch.rand(1, 1, 24, 24)
+    wide = torch.nn.functional.pad(small, [9] * 4, value=0.7)
+    (inner,) = TwoViews(network)(small, [])
+    assert inner.shape[2:] == (16, 16)
+    # What lies beyond the image, padding or more image, cannot be seen in what is left.
+    assert torch.allclose(inner, network(wide)[..., 13:-13, 13:-13], atol=1e-5)
+
+
 def test_volumes_are_trained_on_like_slices(tmp_path):
     output = tmp_path / "f.safetensors"
-    fit_features(settings(dimensions=3, grid_shape=[12, 12, 12]), output, device="cpu")
+    fit_features(settings(dimensions=3, grid_shape=[14, 14, 14]), output, device="cpu")
     assert load_features(output).spec.dimensions == 3
 
 
@@ -66,7 +78,7 @@ def test_another_training_is_not_gone_on_with(tmp_path):
     [
         {"dimensions": 4},
         {"grid_shape": [24]},
-        {"grid_shape": [4, 24]},
+        {"grid_shape": [19, 24]},
         {"table": "cases.tsv"},
         {"channels": "many"},
     ],
