@@ -227,7 +227,10 @@ def summarise(rows: Sequence[Row], design: Design) -> list[Row]:
     names = {row["abbreviation"]: row["name"] for row in rows}
     groups: list[str] = []
     if design.group:
-        groups = sorted({str(row[design.group]) for row in rows if row.get(design.group)})
+        found_groups = {str(row[design.group]) for row in rows if row.get(design.group)}
+        groups = sorted(
+            found_groups, key=lambda name: (name != design.controls, name.casefold(), name)
+        )
     found = []
     for measure, unit in MEASURES.items():
         bad: dict[tuple[str, str], int] = defaultdict(int)

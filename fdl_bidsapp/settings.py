@@ -81,6 +81,10 @@ class Settings:
         Parts of the work to do alone.
     notrack
         Accepted for compatibility: nothing is ever tracked.
+    ratings
+        Files of ratings that the group level takes up.
+    controls
+        ``COLUMN=VALUE`` of ``participants.tsv`` that marks controls; ``None`` to look for them.
     verbose
         How much to say on the terminal, from 0.
 
@@ -120,6 +124,8 @@ class Settings:
     boilerplate_only: bool = False
     write_graph: bool = False
     notrack: bool = False
+    ratings: tuple[Path, ...] = ()
+    controls: str | None = None
     verbose: int = 0
 
     def to_toml(self) -> str:
@@ -165,6 +171,8 @@ class Settings:
             values[name] = value
         try:
             return cls(**values)
+            elif name == "ratings":
+                value = tuple(Path(item) for item in value)
         except TypeError as error:
             raise UsageError(
                 f"a required setting is absent ({error})",
@@ -238,7 +246,9 @@ def _plain(value: object) -> object:
         return str(value)
     if isinstance(value, tuple):
         return [
-            item if isinstance(item, str) else (f"{item[0]}={item[1]}" if item[0] else str(item[1]))
+            str(item)
+            if isinstance(item, str | Path)
+            else (f"{item[0]}={item[1]}" if item[0] else str(item[1]))
             for item in value
         ]
     return value

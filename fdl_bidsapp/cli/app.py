@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from fdl_bidsapp import __version__
 from fdl_bidsapp.cli.parser import parse
 from fdl_bidsapp.cli.trouble import explain
-from fdl_bidsapp.errors import FdlError, OutputError, StorageError, UsageError
+from fdl_bidsapp.errors import FdlError, InputMissingError, OutputError, StorageError
 from fdl_bidsapp.settings import Settings, read_bids_filters
 from fdl_bidsapp.space import lacks_space, where_space_lacks
 
@@ -88,21 +88,49 @@ def _log_dir(settings: Settings | None) -> Path | None:
 
 
 def run_group(settings: Settings) -> int:
-    """Gather the cohort's tables from the output folder."""
-    from fdl_bidsapp.cohort import write_group
+    """Gather the cohort's tables from the output folder, and make its pages."""
+    from fdl_bidsapp.cohort import collect, write_group
+    from fdl_bidsapp.reports.group import write_group_page
+    from fdl_bidsapp.reports.participant import write_cohort_participants
 
-    cohort = write_group(settings.output_dir, settings.bids_dir)
+    gather = collect if settings.reports_only else write_group
+    cohort = gather(
+        settings.output_dir,
+        settings.bids_dir,
+        ratings=settings.ratings,
+        controls=settings.controls,
+    )
     for warning in cohort.warnings:
         _say(f"Warning: {warning}")
+    page = write_group_page(settings.output_dir, cohort)
+    write_cohort_participants(settings.output_dir, cohort)
     counts = ", ".join(f"{number} {status}" for status, number in cohort.scans.items())
     _say(f"{settings.output_dir / 'group_morph.tsv'}: {counts}")
+    _say(f"To look at: {page}")
+    return 0
+
+
+def _rebuild_pages(settings: Settings) -> int:
+    """Make the pages of participants again, from the output folder alone."""
+    from fdl_bidsapp.reports.participant import write_participants
+
+    pages = write_participants(
+        settings.output_dir, settings.participant_label or ("*",), settings.bids_dir
+    )
+    if not pages:
+        raise InputMissingError(
+            "there is no result of such participants here",
+            "run the participant level without --reports-only first",
+            path=settings.output_dir,
+        )
+    _say(f"{len(pages)} page{'s' * (len(pages) != 1)} made in {settings.output_dir}")
     return 0
 
 
 def run_participant(settings: Settings) -> int:
     """Segment every scan that is asked for and not done yet."""
     if settings.reports_only:
-        raise UsageError("this version makes no reports yet", "leave --reports-only out")
+        return _rebuild_pages(settings)
 
     from fdl_bidsapp.bids.inputs import find_scans
 
@@ -201,10 +229,20 @@ def _segment(settings: Settings, discovery: Discovery, bundle: Bundle, device: s
         if failed:
             _say(f"Log: {log_file}")
     _tell_outcome(len(discovery.scans), failures, discovery.missing)
+    _write_pages(settings, discovery)
     return 1 if failures or discovery.missing else 0
 
 
 def _run_workflow(
+def _write_pages(settings: Settings, discovery: Discovery) -> None:
+    from fdl_bidsapp.reports.participant import write_participants
+
+    labels = dict.fromkeys(
+        [scan.subject for scan in discovery.scans] + [label for label, _ in discovery.missing]
+    )
+    write_participants(settings.output_dir, labels, settings.bids_dir)
+
+
     settings: Settings,
     todo: dict[str, tuple[Scan, Provenance]],
     bundle: Bundle,

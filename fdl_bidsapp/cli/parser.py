@@ -267,10 +267,32 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only show the inputs that were found and the outputs that would be written",
     )
-    group.add_argument("--reports-only", action="store_true", help="only make the reports again")
+    group.add_argument(
+        "--reports-only",
+        action="store_true",
+        help="only make the HTML pages again, from what is in the output folder",
+    )
     group.add_argument(
         "--boilerplate-only",
         action="store_true",
+    group = parser.add_argument_group("Group level")
+    group.add_argument(
+        "--ratings",
+        nargs="+",
+        action="extend",
+        type=_path,
+        metavar="FILE",
+        help="ratings of masks, as the participants' pages export them: they become columns of the "
+        "table and a filter of the page",
+    )
+    group.add_argument(
+        "--controls",
+        type=_column_value,
+        metavar="COLUMN=VALUE",
+        help="who the controls are, by a column of participants.tsv, for groups and normal ranges "
+        "(default: values such as control or HC in a column such as diagnosis or group)",
+    )
+
         help="only write the text for a methods section with its references",
     )
 
@@ -336,6 +358,13 @@ def _check(settings: Settings) -> None:
             f"--omp-nthreads {settings.omp_nthreads} is more than --nprocs {settings.nprocs}",
             "lower the one or raise the other",
         )
+    else:
+        for name in ("ratings", "controls"):
+            if getattr(settings, name):
+                raise UsageError(
+                    f"--{name} has no meaning at the participant level",
+                    "give it at the group level",
+                )
     parts = [name for name in _PARTS if getattr(settings, name.replace("-", "_"))]
     if len(parts) > 1:
         raise UsageError(f"--{parts[0]} and --{parts[1]} exclude each other", "give one of them")
@@ -409,6 +438,13 @@ def _space(text: str) -> str:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+def _column_value(text: str) -> str:
+    column, equals, value = text.partition("=")
+    if not (column and equals and value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not COLUMN=VALUE, such as diagnosis=control")
+    return text
+
+
     return int(text)
 
 

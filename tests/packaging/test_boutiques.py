@@ -19,6 +19,7 @@ from fdl_bidsapp.settings import Settings
 
 DESCRIPTOR = Path(__file__).parents[2] / "boutiques.json"
 TOOL: dict[str, Any] = json.loads(DESCRIPTOR.read_text("utf-8"))
+GROUP_ONLY = ("ratings", "controls")
 OUTPUTS = ("output_dir_name", "participant_level_analysis_dir")
 """The same word twice, as Boutiques' rules for BIDS Apps want it: any name, or a folder."""
 
@@ -55,6 +56,8 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "work_dir": "work folder",
         "config_file": str(folder / "options.toml"),
         "random_seed": 7,
+        "ratings": [str(folder / "ratings.tsv")],
+        "controls": "diagnosis=control",
     }
     for name, item in OPTIONS.items():
         if item["type"] == "Flag":
@@ -121,7 +124,7 @@ def test_choices_are_those_of_the_parser(name: str) -> None:
     choices = OPTIONS[name].get("value-choices", [])
     assert all(accepts(*words(name, choice)) for choice in choices)
     takes_any = accepts(*words(name, "nonsense"))
-    assert takes_any != bool(choices) or name == "mem"
+    assert takes_any != bool(choices) or name in ("mem", "controls")
     if ACTIONS[name].choices is not None:
         assert choices == list(ACTIONS[name].choices or ())
 
@@ -167,7 +170,7 @@ def test_excludes_the_pairs_that_the_parser_refuses(values: dict[str, Any]) -> N
         for name, item in OPTIONS.items()
         for other in item.get("disables-inputs", [])
     }
-    free = set(values) - {"clean_workdir"}
+    free = set(values) - {"clean_workdir", *GROUP_ONLY}
     refused = {
         frozenset(pair)
         for pair in combinations(sorted(free), 2)
@@ -231,7 +234,7 @@ def test_boutiques_makes_a_command_line_that_means_what_was_asked(
     bosh: str, tmp_path: Path, values: dict[str, Any], absent: tuple[str, ...]
 ) -> None:
     (tmp_path / "bids").mkdir()
-    left_out = {"dry_run", "reports_only", *(absent or ("use_plugin",))}
+    left_out = {"dry_run", "reports_only", *GROUP_ONLY, *(absent or ("use_plugin",))}
     chosen = {name: value for name, value in values.items() if name not in left_out}
     expected = [str(tmp_path / "bids"), str(tmp_path / "the output"), "participant"]
     for name, value in chosen.items():
@@ -250,7 +253,9 @@ def test_boutiques_makes_a_command_line_that_means_what_was_asked(
 
 
 @pytest.mark.real
-def test_boutiques_makes_the_command_line_of_the_group_level(bosh: str, tmp_path: Path) -> None:
+def test_boutiques_makes_the_command_line_of_the_group_level(
+    bosh: str, tmp_path: Path, values: dict[str, Any]
+) -> None:
     for name in ("bids", "out"):
         (tmp_path / name).mkdir()
     line = simulate(
@@ -259,8 +264,15 @@ def test_boutiques_makes_the_command_line_of_the_group_level(bosh: str, tmp_path
         bids_dir=str(tmp_path / "bids"),
         output_dir_name=str(tmp_path / "out"),
         analysis_level="group",
+        **{name: values[name] for name in GROUP_ONLY},
     )
-    assert parse(shlex.split(line)[1:]) == Settings(tmp_path / "bids", tmp_path / "out", "group")
+    assert parse(shlex.split(line)[1:]) == Settings(
+        tmp_path / "bids",
+        tmp_path / "out",
+        "group",
+        ratings=tuple(map(Path, values["ratings"])),
+        controls=values["controls"],
+    )
 
 
 def simulate(bosh: str, folder: Path, **invocation: object) -> str:
