@@ -22,7 +22,7 @@ Array = np.ndarray
 
 
 def cache_simulated_scan(folder: Path, seed: int, grid: Grid, n_labels: int) -> Path:
-    """Simulate one scan of the training range and keep it on the model's canvas.
+    """Simulate one ordinary scan of an adult and keep it on the model's canvas.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def cache_simulated_scan(folder: Path, seed: int, grid: Grid, n_labels: int) -> 
         return path
     rng = np.random.default_rng([seed, 1])
     protocol, spacing, angles = draw_protocol(rng)
-    person = Person(age=float(rng.uniform(18, 90)), parkinson=bool(rng.random() < 0.3))
+    person = Person(age=float(rng.uniform(25, 85)), parkinson=bool(rng.random() < 0.4))
     scan = simulate_scan(
         np.random.default_rng([seed, 2]),
         np.random.default_rng([seed, 3]),
@@ -54,8 +54,8 @@ def cache_simulated_scan(folder: Path, seed: int, grid: Grid, n_labels: int) -> 
         protocol=protocol,
         spacing=spacing,
         angles=angles,
-        variation=float(rng.uniform(0.7, 1.6)),
-        tissue_spread=float(rng.uniform(0.8, 1.8)),
+        variation=float(rng.uniform(0.9, 1.3)),
+        tissue_spread=float(rng.uniform(0.9, 1.3)),
     )
     reference = canonical(nib.Nifti1Image(scan.maps["imag"], scan.affine))
     shape, affine, _ = canvas_geometry(reference, grid)

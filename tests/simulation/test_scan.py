@@ -79,6 +79,7 @@ def test_protocols_are_ones_that_sites_use(seed):
     assert len(times) >= 3
     assert np.all(np.diff(times) > 0.001)
     assert 0.001 < times[0] < times[-1] < 0.045
-    assert protocol.field_strength in (1.5, 3.0, 7.0)
+    assert protocol.field_strength == 3.0
+    assert 30 < protocol.snr < 120
     assert all(0.5 <= s <= 3 for s in spacing)
     assert np.abs(angles).max() < 45
