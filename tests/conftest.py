@@ -10,6 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# A busy machine is no broken promise.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 SIDE = 32
 BRIGHT, DARK = (8.0, 16.0, 16.0), (24.0, 16.0, 16.0)
