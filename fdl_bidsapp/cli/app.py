@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.cli.parser import parse
-from fdl_bidsapp.cli.trouble import explain
+from fdl_bidsapp.cli.trouble import explain, visible
 from fdl_bidsapp.errors import FdlError, InputMissingError, OutputError, StorageError
 from fdl_bidsapp.settings import Settings, read_bids_filters
 from fdl_bidsapp.space import lacks_space, where_space_lacks
@@ -76,7 +76,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except Exception as error:
         told = explain(error, _log_dir(settings))
-        print(f"fdl-bidsapp: {told}", file=sys.stderr)
+        _say(f"fdl-bidsapp: {told}")
         return told.exit_code
 
 
@@ -427,4 +427,4 @@ def _scans(number: int) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 from traceback import format_exception
 
 from fdl_bidsapp import __version__
-from fdl_bidsapp.errors import FdlError, StorageError, TemporaryError
+from fdl_bidsapp.errors import DataError, FdlError, StorageError, TemporaryError
 
 
 def explain(error: Exception, log_dir: Path | None = None) -> FdlError:
@@ -38,14 +38,29 @@ def explain(error: Exception, log_dir: Path | None = None) -> FdlError:
             "look after the disk or network share and run again, finished scans are kept",
             path=error.filename,
         )
+    if isinstance(error, UnicodeEncodeError):
+        return DataError("the name of a file or folder is not UTF-8", "rename it")
     if isinstance(error, MemoryError):
         return TemporaryError("the memory is full", "run again with more memory")
     stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
     log = (log_dir or Path(tempfile.gettempdir())) / f"{stamp}_crash.log"
     with suppress(OSError):
         lines = [f"fdl-bidsapp {__version__}: {sys.argv}\n\n", *format_exception(error)]
-        log.write_text("".join(lines), "utf-8")
+        log.write_text("".join(lines), "utf-8", "backslashreplace")
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return FdlError(
         f"an error that should not happen: {text}", f"run again; if it stays, report it with {log}"
+    )
+
+
+def visible(text: str) -> str:
+    """Spell out what a terminal would obey, such as a line end in the name of a file.
+
+    Examples
+    --------
+    >>> print(visible("sub-01_\\n_Chimap.nii"))
+    sub-01_\\n_Chimap.nii
+    """
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
     )
