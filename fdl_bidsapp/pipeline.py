@@ -5,7 +5,6 @@ The Nipype interfaces and the toolbox command both are thin shells around these.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from fdl_bidsapp.bids.inputs import Scan, Source
-from fdl_bidsapp.errors import DataError, FdlError, ImageError, InputMissingError
+from fdl_bidsapp.errors import DataError, ImageError, InputMissingError
 from fdl_bidsapp.imaging.grid import (
     Box,
     Corner,
@@ -577,49 +576,3 @@ def _brain_volume(path: Path, notes: list[str]) -> float | None:
         return None
     voxel = float(abs(np.linalg.det(image.affine[:3, :3])))
     return float(np.count_nonzero(np.asarray(image.dataobj) > 0.5)) * voxel
-
-
-@dataclass(frozen=True)
-class Space:
-    """Bytes on disk for one scan.
-
-    Attributes
-    ----------
-    work
-        Intermediate files.
-    output
-        Derivatives, before compression.
-    """
-
-    work: int
-    output: int
-
-
-def space_needed(scan: Scan, target: str, spec: ModelSpec, probabilities: bool = False) -> Space:
-    """Reckon from the headers what a scan takes on disk; 0 where they cannot be read.
-
-    Parameters
-    ----------
-    scan
-        The scan.
-    target
-        ``auto`` or a contrast.
-    spec
-        The model's specification: grid, contrasts, labels.
-    probabilities
-        Whether probabilities are written.
-    """
-    try:
-        chosen = choose_target([each.contrast for each in scan.sources], target, spec.contrasts)
-        image = nib.load(_source(scan, chosen).paths[0])
-        shape, _, _ = canvas_geometry(image, Grid(spec.grid_shape, spec.grid_spacing))
-    except (FdlError, OSError, ValueError, nib.filebasedimages.ImageFileError):
-        return Space(0, 0)
-    native, canvas = math.prod(image.shape[:3]), math.prod(shape)
-    maps, structures = len(scan.sources), len(spec.labels)
-    used = maps if spec.method == "multimodal" else 1
-    value = np.dtype(np.float32).itemsize
-    return Space(
-        value * (native * maps + canvas * (used + structures)),
-        native * (1 + structures + (value * structures if probabilities else 0)),
-    )

@@ -228,12 +228,11 @@ def _segment(settings: Settings, discovery: Discovery, bundle: Bundle, device: s
         _tell_notes(settings, [scan for name, (scan, _) in todo.items() if name not in failed])
         if failed:
             _say(f"Log: {log_file}")
-    _tell_outcome(len(discovery.scans), failures, discovery.missing)
     _write_pages(settings, discovery)
+    _tell_outcome(len(discovery.scans), failures, discovery.missing)
     return 1 if failures or discovery.missing else 0
 
 
-def _run_workflow(
 def _write_pages(settings: Settings, discovery: Discovery) -> None:
     from fdl_bidsapp.reports.participant import write_participants
 
@@ -243,6 +242,7 @@ def _write_pages(settings: Settings, discovery: Discovery) -> None:
     write_participants(settings.output_dir, labels, settings.bids_dir)
 
 
+def _run_workflow(
     settings: Settings,
     todo: dict[str, tuple[Scan, Provenance]],
     bundle: Bundle,
