@@ -32,6 +32,7 @@ from fdl_bidsapp.errors import FdlError
 from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.imaging.measure import COLUMNS, measure
 from fdl_bidsapp.labels import Label
+from fdl_bidsapp.making import MadeMap
 from fdl_bidsapp.pipeline import ScanImages, Segmentation, StandardSpace
 
 Array = np.ndarray
@@ -70,7 +71,7 @@ def result_key(scan: Scan, options: Mapping[str, Any]) -> str:
     options
         JSON values: model hash, target, outputs asked for.
     """
-    paths = [path for source in scan.sources for path in source.paths]
+    paths = [path for source in scan.sources for path in (*source.paths, *source.phase)]
     if scan.brain_mask:
         paths.append(scan.brain_mask)
     inputs = []
@@ -81,7 +82,14 @@ def result_key(scan: Scan, options: Mapping[str, Any]) -> str:
         except OSError:
             inputs.append([str(path.name), None, None])
     derivations = [
-        [source.contrast, source.derivation, list(source.echo_times), list(source.uris)]
+        [
+            source.contrast,
+            source.derivation,
+            list(source.echo_times),
+            list(source.uris),
+            source.field_strength,
+            source.phase_unit,
+        ]
         for source in scan.sources
     ]
     content = json.dumps([__version__, dict(options), inputs, derivations], sort_keys=True)
@@ -97,6 +105,7 @@ def write_scan(
     provenance: Provenance,
     standard: StandardSpace | None = None,
     figures: Mapping[tuple[str, str], str] | None = None,
+    maps: Sequence[MadeMap] = (),
 ) -> None:
     """Write everything of a scan that went well; the record comes last.
 
@@ -108,6 +117,8 @@ def write_scan(
         The scan, and what became of it.
     figures
         SVG texts by ``desc-`` and ``label-`` (empty where a figure has none).
+    maps
+        What was made from raw echoes.
 
     Raises
     ------
@@ -115,7 +126,9 @@ def write_scan(
         A file cannot be written.
     """
     with alone(out, scan.source_prefix):
-        _write_scan(out, scan, images, segmentation, labels, provenance, standard, figures or {})
+        _write_scan(
+            out, scan, images, segmentation, labels, provenance, standard, figures or {}, maps
+        )
 
 
 def _write_scan(
@@ -127,6 +140,7 @@ def _write_scan(
     provenance: Provenance,
     standard: StandardSpace | None,
     figures: Mapping[tuple[str, str], str],
+    maps: Sequence[MadeMap],
 ) -> None:
     remove_scan_outputs(out, scan)
     used = [source for source in scan.sources if source.contrast in images.maps]
@@ -156,6 +170,11 @@ def _write_scan(
         )
     if standard is not None:
         _write_standard(out, scan, sources, standard)
+    for made in maps:
+        image = nib.load(made.path)
+        path = output_path(out, scan.entities, made.kind, **made.entities)
+        write_image(path, scanner_image(np.asanyarray(image.dataobj), image.affine))
+        write_json(path.with_name(path.name.replace(".nii.gz", ".json")), made.sidecar)
     for (desc, abbreviation), svg in figures.items():
         extra = {"label": abbreviation} if abbreviation else {}
         write_text(output_path(out, scan.entities, "figure", desc=desc, **extra), svg)
@@ -168,7 +187,7 @@ def _write_scan(
         components=segmentation.components,
     )
     write_tsv(output_path(out, scan.entities, "morph"), rows, list(COLUMNS))
-    record = _record(scan, "ok", None, provenance, images)
+    record = _record(scan, "ok", None, provenance, images, maps)
     write_json(output_path(out, scan.entities, "morph", extension=".json"), record)
 
 
@@ -247,6 +266,7 @@ def _record(
     error: FdlError | None,
     provenance: Provenance,
     images: ScanImages | None = None,
+    maps: Sequence[MadeMap] = (),
 ) -> dict[str, Any]:
     told = error and {"Path": error.path, "Cause": error.cause, "Remedy": error.remedy}
     used = {
@@ -265,11 +285,12 @@ def _record(
         "Target": images.target if images else None,
         "InputsUsed": used,
         "Derivations": {
-            source.contrast: source.derivation
-            for source in scan.sources
-            if source.contrast in used
+            source.contrast: source.derivation for source in scan.sources if source.contrast in used
         },
         "VoxelSize": None if images is None else spacing_of(images.affine).tolist(),
+        "MapsMade": [
+            output_path("", scan.entities, made.kind, **made.entities).name for made in maps
+        ],
         "VoxelVolume": voxel,
         "BrainVolume": images.brain_volume if images else None,
         "Notes": list(images.notes if images else scan.notes),

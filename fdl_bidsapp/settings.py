@@ -16,6 +16,7 @@ LEVELS = ("participant", "group")
 CONTRASTS = ("qsm", "r2star", "imag", "swi")
 TARGETS = ("auto", *CONTRASTS)
 DEVICES = ("auto", "cpu", "cuda")
+RECONSTRUCTIONS = ("auto", "never", "tv", "tikhonov", "tkd", "ndi")
 SPACES = ("MNI152NLin2009aSym",)
 
 _NAMED = re.compile(r"([A-Za-z0-9]+)=(.+)", re.DOTALL)
@@ -51,6 +52,9 @@ class Settings:
         Where the index of the dataset is kept between runs.
     skip_bids_validation
         Whether to read folders that have no ``dataset_description.json`` all the same.
+    recon
+        How susceptibility and SWI are made from raw echoes where a scan has no map of them:
+        ``auto`` (total variation), ``never`` or the name of a dipole inversion.
     target
         Contrast to segment; ``auto`` takes the best one a scan has.
     model
@@ -77,14 +81,14 @@ class Settings:
         Whether to empty `work_dir` first.
     stop_on_first_crash, resource_monitor, random_seed, write_graph
         How the workflow is run.
-    dry_run, reports_only, boilerplate_only
-        Parts of the work to do alone.
-    notrack
-        Accepted for compatibility: nothing is ever tracked.
     ratings
         Files of ratings that the group level takes up.
     controls
         ``COLUMN=VALUE`` of ``participants.tsv`` that marks controls; ``None`` to look for them.
+    dry_run, reports_only, boilerplate_only
+        Parts of the work to do alone.
+    notrack
+        Accepted for compatibility: nothing is ever tracked.
     verbose
         How much to say on the terminal, from 0.
 
@@ -104,6 +108,7 @@ class Settings:
     derivatives: tuple[tuple[str | None, Path], ...] = ()
     bids_database_dir: Path | None = None
     skip_bids_validation: bool = False
+    recon: str = "auto"
     target: str = "auto"
     model: str = "default"
     device: str = "auto"
@@ -119,13 +124,13 @@ class Settings:
     stop_on_first_crash: bool = False
     resource_monitor: bool = False
     random_seed: int = 0
+    ratings: tuple[Path, ...] = ()
+    controls: str | None = None
     dry_run: bool = False
     reports_only: bool = False
     boilerplate_only: bool = False
     write_graph: bool = False
     notrack: bool = False
-    ratings: tuple[Path, ...] = ()
-    controls: str | None = None
     verbose: int = 0
 
     def to_toml(self) -> str:
@@ -166,13 +171,13 @@ class Settings:
                 value = tuple(named_folder(item) for item in value)
             elif name in _PATHS:
                 value = Path(value)
+            elif name == "ratings":
+                value = tuple(Path(item) for item in value)
             elif isinstance(value, list):
                 value = tuple(value)
             values[name] = value
         try:
             return cls(**values)
-            elif name == "ratings":
-                value = tuple(Path(item) for item in value)
         except TypeError as error:
             raise UsageError(
                 f"a required setting is absent ({error})",

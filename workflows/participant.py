@@ -10,9 +10,12 @@ from nipype.pipeline.engine import Node, Workflow
 
 from fdl_bidsapp.bids.inputs import Scan
 from fdl_bidsapp.derivatives import Provenance
+from fdl_bidsapp.making import needs_making
 from fdl_bidsapp.settings import Settings
+from fdl_bidsapp.workflows.interfaces.making import MakeMaps
 from fdl_bidsapp.workflows.interfaces.scan import DeliverScan, NormaliseScan, SegmentScan
 
+MAKING_GB = 3.0
 READING_GB = 2.0
 SEGMENTING_GB = 2.5
 DELIVERING_GB = 1.5
@@ -80,7 +83,7 @@ def init_participant_wf(
 
 
 def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> Workflow:
-    """Build the three nodes of one scan.
+    """Build the three nodes of one scan, or four where maps have to be made from raw echoes.
 
     A node costs a noticeable part of a second to schedule, so there are few.
     """
@@ -124,4 +127,20 @@ def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> W
             (segment, deliver, [("probabilities", "probabilities"), ("note", "note")]),
         ]
     )
+    if settings.recon != "never" and needs_making(job.scan):
+        make = Node(
+            MakeMaps(
+                scan=job.scan,
+                recon=settings.recon,
+                device=compute.device,
+                use_gpu=compute.device == "cuda",
+                threads=compute.threads,
+            ),
+            name="make",
+            mem_gb=MAKING_GB,
+            n_procs=compute.threads,
+        )
+        workflow.connect(
+            [(make, normalise, [("scan", "scan")]), (make, deliver, [("maps", "maps")])]
+        )
     return workflow

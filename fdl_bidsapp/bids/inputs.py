@@ -34,7 +34,7 @@ from fdl_bidsapp.errors import (
 
 Entities = tuple[tuple[str, str], ...]
 
-ECHO_DERIVATIONS = ("echo_mean", "echo_fit")
+ECHO_DERIVATIONS = ("echo_mean", "echo_fit", "reconstruction")
 
 _VALUES = {"str": "[a-zA-Z0-9+]+", "int": "[0-9]+"}
 
@@ -43,6 +43,9 @@ LARGEST_JSON = 50 * 10**6
 
 LONGEST_ECHO_TIME = 1.0
 """Seconds; T2* of tissue is tens of milliseconds, so a longer echo time is one given in ms."""
+
+STRONGEST_FIELD = 30.0
+"""Tesla; a larger number is in another unit, such as MHz."""
 
 
 _DESCRIPTION = 'give it at least {"Name": "…", "BIDSVersion": "1.10.0"}, and GeneratedBy as a list'
@@ -60,11 +63,18 @@ class Source:
         One map, or the echoes in order of echo number.
     derivation
         How the contrast comes from the files: ``map``, ``inverse_t2star`` (R2* = 1 / T2*),
-        ``echo_mean`` (mean of magnitudes) or ``echo_fit`` (R2* fitted to magnitudes).
+        ``echo_mean`` (mean of magnitudes), ``echo_fit`` (R2* fitted to magnitudes) or
+        ``reconstruction`` (made from magnitude and phase).
     echo_times
-        Seconds, strictly increasing, one for each path; empty where not known or not needed.
+        Seconds, strictly increasing, one for each echo; empty where not known or not needed.
     uris
         The BIDS URI of each path, ``bids:<dataset>:sub-01/…``.
+    phase
+        The phase of each echo, for a reconstruction; the paths are the magnitudes then.
+    field_strength
+        Tesla, for a reconstruction.
+    phase_unit
+        ``Units`` of the phase, empty where its sidecar does not say.
     """
 
     contrast: str
@@ -72,6 +82,9 @@ class Source:
     derivation: str
     echo_times: tuple[float, ...] = ()
     uris: tuple[str, ...] = ()
+    phase: tuple[Path, ...] = ()
+    field_strength: float = 0.0
+    phase_unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -295,6 +308,7 @@ def find_scans(
     database_dir: str | Path | None = None,
     exclude: Sequence[str | Path] = (),
     validate: bool = True,
+    reconstruct: bool = True,
 ) -> Discovery:
     """Find the scans of a dataset, and of derivative datasets given beside it.
 
@@ -316,6 +330,8 @@ def find_scans(
         Folders never taken for input unless they are among ``derivatives``.
     validate
         See `open_datasets`.
+    reconstruct
+        Whether a contrast may be made from raw magnitude and phase where there is no map of it.
 
     Returns
     -------
@@ -354,7 +370,7 @@ def find_scans(
             not sessions or entities.get("session") in sessions
         )
 
-    candidates = _Candidates(excluded, wanted, filters)
+    candidates = _Candidates(excluded, wanted, filters, reconstruct)
     for dataset in datasets:
         layout = _index(dataset, subjects, sessions, database_dir)
         candidates.add(dataset, layout)
@@ -413,6 +429,7 @@ class _Candidates:
     excluded: Sequence[Path]
     wanted: Callable[[Mapping[str, str]], bool]
     filters: Mapping[str, Mapping[str, Any]]
+    reconstruct: bool = True
     scans: dict[Entities, dict[tuple[str, int], list[_File]]] = field(default_factory=dict)
     masks: dict[str, list[_File]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -431,6 +448,8 @@ class _Candidates:
                 if contrast in allowed and file.path not in allowed[contrast]:
                     continue
                 for rank, rule in enumerate(ranks):
+                    if rule["derivation"] == "reconstruction" and not self.reconstruct:
+                        continue
                     if _matches(file.entities, rule["query"]) and not any(
                         file.entities.get(name) in values
                         for name, values in rule.get("reject", {}).items()
@@ -508,6 +527,8 @@ def _make_source(
             contrast, (found[0].path,), derivation, uris=(found[0].dataset.uri(found[0].path),)
         )
 
+    if derivation == "reconstruction":
+        return _make_reconstruction(contrast, found, notes)
     echoes = sorted(found, key=lambda file: int(file.entities["echo"]))
     for one, other in pairwise(echoes):
         if int(one.entities["echo"]) == int(other.entities["echo"]):
@@ -525,6 +546,63 @@ def _make_source(
         echo_times=() if problem else times,
         uris=tuple(file.dataset.uri(file.path) for file in echoes),
     )
+
+
+def _make_reconstruction(contrast: str, found: Sequence[_File], notes: list[str]) -> Source | None:
+    """Pair magnitude with phase; ``None`` where they do not serve, with a note for QSM alone."""
+    magnitude, phase = (
+        sorted(
+            (file for file in found if (file.entities.get("part") == "phase") is is_phase),
+            key=_echo_number,
+        )
+        for is_phase in (False, True)
+    )
+    if not phase and "echo" not in found[0].entities:
+        return None
+    for one, other in pairwise(phase):
+        if _echo_number(one) == _echo_number(other):
+            raise _ambiguity(("qsm", "swi"), one, other)
+    times, problem = _echo_times(magnitude)
+    field_strength, unit = 0.0, ""
+    if not phase:
+        problem = "there is no phase image"
+    elif [*map(_echo_number, magnitude)] != [*map(_echo_number, phase)]:
+        problem = "magnitude and phase are not of the same echoes"
+    elif not problem:
+        field_strength, unit, problem = _phase_metadata(magnitude[0], phase[0])
+    if problem:
+        if contrast == "qsm":
+            notes.append(f"QSM and SWI were not made from {found[0].path.name}: {problem}")
+        return None
+    return Source(
+        contrast,
+        tuple(file.path for file in magnitude),
+        "reconstruction",
+        echo_times=times,
+        uris=tuple(file.dataset.uri(file.path) for file in (*magnitude, *phase)),
+        phase=tuple(file.path for file in phase),
+        field_strength=field_strength,
+        phase_unit=unit,
+    )
+
+
+def _echo_number(file: _File) -> int:
+    return int(file.entities.get("echo", 1))
+
+
+def _phase_metadata(magnitude: _File, phase: _File) -> tuple[float, str, str | None]:
+    """Read B0 in tesla and the phase's unit; the third value says why they cannot be used."""
+    try:
+        about, theirs = _metadata(magnitude), _metadata(phase)
+    except ValueError as error:
+        return 0.0, "", str(error)
+    value = about.get("MagneticFieldStrength", theirs.get("MagneticFieldStrength"))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return 0.0, "", f"{magnitude.path.name} has no MagneticFieldStrength in its JSON sidecar"
+    if not 0 < value < STRONGEST_FIELD:
+        return 0.0, "", f"MagneticFieldStrength of {magnitude.path.name} is {value:g}, not in tesla"
+    unit = theirs.get("Units")
+    return float(value), unit if isinstance(unit, str) else "", None
 
 
 def _echo_times(echoes: Sequence[_File]) -> tuple[tuple[float, ...], str | None]:

@@ -48,6 +48,9 @@ STANDARD_SPACES = {
 
 LABEL_TABLE = "seg-fdl_dseg.tsv"
 
+MAP_UNITS = {"Chimap": "ppm", "R2starmap": "1/s", "T2starmap": "s", "T2starw": "arbitrary"}
+"""Unit of each kind of map that is made from raw echoes."""
+
 GZIP_LEVEL = 4
 """Label maps shrink to almost nothing at any level; probabilities gain little above this one."""
 
@@ -77,7 +80,8 @@ def output_path(
     entities
         The scan's (`Scan.entities`).
     kind
-        ``dseg``, ``mask``, ``probseg``, ``morph``, ``xfm`` or ``figure``.
+        ``dseg``, ``mask``, ``probseg``, ``morph``, ``xfm``, ``figure``, or the suffix of a map:
+        ``Chimap``, ``R2starmap``, ``T2starmap``, ``T2starw``.
     extra
         Further pybids entities: ``space`` (``orig`` if not given), ``res``, ``label``, ``desc``,
         ``from``, ``to``, and ``extension``.
@@ -352,6 +356,39 @@ def probseg_sidecar(
     }
 
 
+def map_sidecar(
+    kind: str, description: str, sources: Sequence[str], reference: str, **parameters: Any
+) -> dict[str, Any]:
+    """Describe a map that was made from raw echoes.
+
+    Parameters
+    ----------
+    kind
+        Suffix of its name.
+    description
+        What it shows.
+    sources
+        BIDS URIs of the files it was made from.
+    reference
+        BIDS URI of the image whose grid it has.
+    parameters
+        JSON values: how it was made.
+
+    Examples
+    --------
+    >>> map_sidecar("R2starmap", "Decay", ["bids:raw:a.nii"], "bids:raw:a.nii")["Units"]
+    '1/s'
+    """
+    return {
+        "Description": description,
+        "Units": MAP_UNITS[kind],
+        "SkullStripped": kind == "Chimap",
+        **parameters,
+        "Sources": list(sources),
+        "SpatialReference": reference,
+    }
+
+
 def _segmentation(
     sources: Sequence[str], reference: str | None, space: str, resolution: str | None
 ) -> dict[str, Any]:
@@ -559,7 +596,8 @@ def is_current(
         Hash of all that the result depends on.
     promised
         Further files there must be, such as those in standard space. The table, the label map, one
-        mask for each row of the table, and their sidecars are looked for in any case.
+        mask for each row of the table, their sidecars, and the maps that the record says were made
+        are looked for in any case.
     """
     record = read_record(output_path(out, scan.entities, "morph", extension=".json"))
     if record is None or record.get("Key") != key or record.get("Status") != "ok":
@@ -572,6 +610,8 @@ def is_current(
     except (OSError, ValueError, IndexError):
         return False
     files = [Path(path) for path in promised]
+    for name in record.get("MapsMade", []):
+        files += [table.with_name(name), table.with_name(name.replace(".nii.gz", ".json"))]
     for extension in (".nii.gz", ".json"):
         files.append(output_path(out, scan.entities, "dseg", extension=extension))
         files += [

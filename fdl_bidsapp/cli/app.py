@@ -143,6 +143,7 @@ def run_participant(settings: Settings) -> int:
         database_dir=settings.bids_database_dir,
         exclude=[settings.output_dir],
         validate=not settings.skip_bids_validation,
+        reconstruct=settings.recon != "never",
     )
     for note in discovery.notes:
         _say(f"Note: {note}")
@@ -331,6 +332,7 @@ def _work_folder(settings: Settings) -> Iterator[Path]:
 def _result_options(settings: Settings, bundle: Bundle) -> dict[str, object]:
     options: dict[str, object] = {
         "model": bundle.sha256,
+        "recon": settings.recon,
         "target": settings.target,
         "flips": settings.flips,
         "probabilities": settings.save_probabilities,

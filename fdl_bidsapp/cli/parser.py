@@ -14,6 +14,7 @@ from fdl_bidsapp.errors import UnknownLevelError, UsageError
 from fdl_bidsapp.settings import (
     DEVICES,
     LEVELS,
+    RECONSTRUCTIONS,
     SPACES,
     TARGETS,
     Settings,
@@ -149,6 +150,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="read folders that have no dataset_description.json all the same",
     )
 
+    group = parser.add_argument_group("Maps from raw echoes")
+    group.add_argument(
+        "--recon",
+        choices=RECONSTRUCTIONS,
+        help="how to make QSM and SWI from magnitude and phase where a scan has no map of them: "
+        "'auto' by total variation, 'never' not at all, or by one of tv (total variation), "
+        "tikhonov, tkd (thresholded division), ndi (non-linear)" + _default("recon"),
+    )
+
     group = parser.add_argument_group("Segmentation")
     group.add_argument(
         "--target",
@@ -261,20 +271,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-v", "--verbose", action="count", help="say more; repeat for still more")
 
-    group = parser.add_argument_group("Parts of the work (one at most)")
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="only show the inputs that were found and the outputs that would be written",
-    )
-    group.add_argument(
-        "--reports-only",
-        action="store_true",
-        help="only make the HTML pages again, from what is in the output folder",
-    )
-    group.add_argument(
-        "--boilerplate-only",
-        action="store_true",
     group = parser.add_argument_group("Group level")
     group.add_argument(
         "--ratings",
@@ -293,6 +289,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "(default: values such as control or HC in a column such as diagnosis or group)",
     )
 
+    group = parser.add_argument_group("Parts of the work (one at most)")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only show the inputs that were found and the outputs that would be written",
+    )
+    group.add_argument(
+        "--reports-only",
+        action="store_true",
+        help="only make the HTML pages again, from what is in the output folder",
+    )
+    group.add_argument(
+        "--boilerplate-only",
+        action="store_true",
         help="only write the text for a methods section with its references",
     )
 
@@ -348,6 +358,13 @@ def _check(settings: Settings) -> None:
                     "all that is in the output folder",
                     "leave it out",
                 )
+    else:
+        for name in ("ratings", "controls"):
+            if getattr(settings, name):
+                raise UsageError(
+                    f"--{name} has no meaning at the participant level",
+                    "give it at the group level",
+                )
     if settings.use_plugin and (settings.nprocs or settings.mem):
         raise UsageError(
             "--use-plugin and --nprocs or --mem both set the resources",
@@ -358,13 +375,6 @@ def _check(settings: Settings) -> None:
             f"--omp-nthreads {settings.omp_nthreads} is more than --nprocs {settings.nprocs}",
             "lower the one or raise the other",
         )
-    else:
-        for name in ("ratings", "controls"):
-            if getattr(settings, name):
-                raise UsageError(
-                    f"--{name} has no meaning at the participant level",
-                    "give it at the group level",
-                )
     parts = [name for name in _PARTS if getattr(settings, name.replace("-", "_"))]
     if len(parts) > 1:
         raise UsageError(f"--{parts[0]} and --{parts[1]} exclude each other", "give one of them")
@@ -428,6 +438,13 @@ def _label(prefix: str) -> Callable[[str], str]:
     return label
 
 
+def _column_value(text: str) -> str:
+    column, equals, value = text.partition("=")
+    if not (column and equals and value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not COLUMN=VALUE, such as diagnosis=control")
+    return text
+
+
 def _space(text: str) -> str:
     if text not in SPACES:
         known = ", ".join(SPACES)
@@ -438,13 +455,6 @@ def _space(text: str) -> str:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-def _column_value(text: str) -> str:
-    column, equals, value = text.partition("=")
-    if not (column and equals and value):
-        raise argparse.ArgumentTypeError(f"'{text}' is not COLUMN=VALUE, such as diagnosis=control")
-    return text
-
-
     return int(text)
 
 

@@ -218,7 +218,7 @@ def _inversion(name: str, device: str) -> Inversion:
 def _sign(
     echoes: RawEchoes, local: Array, inside: Array, spacing: Array, direction: Array
 ) -> tuple[int, float]:
-    rough = thresholded_division(local, inside, spacing, direction)
+    rough = thresholded_division(local, inside, spacing.tolist(), direction)
     if len(echoes.echo_times) > 1:
         decay = r2star_loglinear(echoes.magnitude, echoes.echo_times)
     else:

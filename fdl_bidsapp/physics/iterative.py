@@ -74,10 +74,9 @@ def total_variation(
     dual_edges = [torch.zeros_like(data) for _ in range(3)]
     spectrum = torch.zeros_like(grid.dipole)
     for _ in range(iterations):
-        right = sum(
-            grid.backward(edge.sub_(dual), axis)
-            for axis, (edge, dual) in enumerate(zip(edges, dual_edges, strict=True))
-        )
+        right = torch.zeros_like(data)
+        for axis, (edge, dual) in enumerate(zip(edges, dual_edges, strict=True)):
+            right += grid.backward(edge.sub_(dual), axis)
         spectrum = grid.forward_fft(right) * mu_gradient
         spectrum += mu_field * grid.dipole * grid.forward_fft(fitted.sub_(dual_field))
         spectrum /= denominator

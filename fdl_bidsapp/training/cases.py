@@ -171,6 +171,7 @@ def read_bids(
         bids_dir,
         derivatives=derivatives,
         exclude=[labels_dataset.root],
+        reconstruct=False,
     )
     labelled = []
     for scan in discovery.scans:

@@ -24,6 +24,7 @@ from fdl_bidsapp.bids.outputs import (
     atomic_write,
     dseg_sidecar,
     is_current,
+    map_sidecar,
     mask_sidecar,
     output_path,
     prepare_output,
@@ -90,6 +91,22 @@ def write_scan(out: Path, entities: dict[str, str], *, key: str = "k") -> list[P
             ("mask", {"label": la.abbreviation}, image(), mask_sidecar(la, [source], source))
             for la in labels
         ),
+        *(
+            (
+                kind,
+                {"desc": desc} if desc else {},
+                image(),
+                map_sidecar(kind, "x", [source], source),
+            )
+            for kind, desc in [
+                ("Chimap", ""),
+                ("R2starmap", ""),
+                ("T2starmap", ""),
+                ("T2starw", "echomean"),
+                ("T2starw", "swi"),
+                ("T2starw", "minip"),
+            ]
+        ),
     ]
     written = []
     for kind, extra, content, sidecar in maps:
@@ -104,7 +121,8 @@ def write_scan(out: Path, entities: dict[str, str], *, key: str = "k") -> list[P
     written.append(output_path(out, entities, "morph"))
     write_tsv(written[-1], [{"abbreviation": la.abbreviation} for la in labels], ["abbreviation"])
     written.append(output_path(out, entities, "morph", extension=".json"))
-    write_json(written[-1], {"Status": "ok", "Key": key})
+    made = [path.name for path in written if re.search(r"(map|T2starw)\.nii", path.name)]
+    write_json(written[-1], {"Status": "ok", "Key": key, "MapsMade": made})
     return written
 
 

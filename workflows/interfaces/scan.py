@@ -161,6 +161,7 @@ class _DeliverInputs(_ModelInputs):
     output_dir = traits.Str(mandatory=True)
     provenance = traits.Any(mandatory=True, desc="fdl_bidsapp.derivatives.Provenance")
     space = traits.Str("", usedefault=True, desc="standard space to deliver in as well")
+    maps = traits.Any((), usedefault=True, desc="maps made, fdl_bidsapp.making.MadeMap each")
     seed = traits.Int(0, usedefault=True)
 
 
@@ -202,7 +203,15 @@ class DeliverScan(SimpleInterface):
             for figure in draw_scan(images, segmentation, labels, standard)
         }
         write_scan(
-            out, scan, images, segmentation, labels, self.inputs.provenance, standard, figures
+            out,
+            scan,
+            images,
+            segmentation,
+            labels,
+            self.inputs.provenance,
+            standard,
+            figures,
+            self.inputs.maps,
         )
         self._results["record"] = str(output_path(out, scan.entities, "morph", extension=".json"))
         return runtime
