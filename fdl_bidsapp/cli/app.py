@@ -387,7 +387,7 @@ def _tell_plan(settings: Settings, discovery: Discovery, bundle: Bundle) -> None
         for source in scan.sources:
             chosen = "  <- segmented" if source.contrast == target else ""
             print(f"  {source.contrast} ({source.derivation}){chosen}")
-            for path in source.paths:
+            for path in (*source.paths, *source.phase):
                 print(f"    {path}")
         print(f"  would write {output_path(settings.output_dir, scan.entities, 'dseg')}")
     for subject, session in discovery.missing:
