@@ -30,9 +30,6 @@ class ShapeStyle:
         Distances between the knots of the noises that are added up.
     warp
         Largest standard deviation of the warp.
-    surround
-        Share of the maps in which the shapes end in a common surround, dark in every contrast, as
-        a brain without its skull does.
     bias, blur, noise, texture
         Largest log amplitude of the bias field, width of the blur, standard deviation of the noise,
         and of the variation inside a label, as a share of the intensity range.
@@ -45,7 +42,6 @@ class ShapeStyle:
     labels: int = 16
     scales: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)
     warp: float = 3.0
-    surround: float = 0.5
     bias: float = 0.4
     blur: float = 1.0
     noise: float = 0.05
@@ -103,12 +99,13 @@ def random_labels(
     shape : 2 or 3 ints
         Grid.
     style
-        Number of labels, scales, warp, surround.
+        Number of labels, scales, warp.
 
     Returns
     -------
     (batch, *shape) int64 tensor
-        0 for the surround, 1 to ``style.labels`` for shapes.
+        From 0 to ``style.labels - 1``. No region is the same in every image, such as a dark
+        surround: it would be all that is learnt.
 
     Examples
     --------
@@ -123,17 +120,12 @@ def random_labels(
     for scale, share in zip(style.scales, shares, strict=True):
         noise = smooth_noise(generator, batch, style.labels, shape, scale)
         field += _wide(share, axes) * noise
-    # Each map lacks some of the labels.
+    # Most maps lack many of the labels: a brain has few tissues in many places.
     least = min(3, style.labels)
-    count = least + _uniform(generator, (batch, 1)) * (style.labels - least + 1)
+    count = least + _uniform(generator, (batch, 1)) ** 2 * (style.labels - least + 1)
     absent = torch.arange(style.labels, device=device) >= count
     field = field.masked_fill(absent.reshape(batch, style.labels, *[1] * axes), -torch.inf)
-    labels = 1 + field.argmax(1)
-    if style.warp:
-        labels = _bend(generator, labels, style.warp)
-    inside = _blob(generator, batch, shape)
-    bare = _chance(generator, batch, style.surround, axes)[:, 0]
-    return torch.where(bare & ~inside, 0, labels)
+    return _bend(generator, field.argmax(1), style.warp)
 
 
 def random_contrast(
@@ -164,21 +156,18 @@ def random_contrast(
     (torch.Size([2, 1, 16, 16, 12]), 0.0, 1.0)
     """
     batch, shape, axes = len(labels), labels.shape[1:], labels.ndim - 1
-    table = _uniform(generator, (batch, int(style.labels) + 1))
-    table[:, 0] = 0
+    table = _uniform(generator, (batch, style.labels))
     image = table.gather(1, labels.flatten(1)).reshape(batch, 1, *shape)
-    tissue = (labels > 0)[:, None]
     texture = smooth_noise(generator, batch, 1, shape, 3.0) + smooth_noise(
         generator, batch, 1, shape, 10.0
     )
-    image = image + tissue * texture * _strength(generator, batch, style.texture, axes)
+    image = image + texture * _strength(generator, batch, style.texture, axes)
     bias = smooth_noise(generator, batch, 1, shape, max(shape) / 2.5)
     image = image * torch.exp(bias * _strength(generator, batch, style.bias, axes))
     image = _blur(image, 0.3 + _uniform(generator, (batch,)) * style.blur)
     image = _coarsened(generator, image, style.coarsen)
     noise = _normal(generator, image.shape)
-    image = image + noise * _strength(generator, batch, style.noise, axes) * tissue
-    image = image.clamp(min=0)
+    image = image + noise * _strength(generator, batch, style.noise, axes)
     low, high = (edge(image.flatten(1), 1) for edge in (torch.amin, torch.amax))
     image = (image - _wide(low, axes)) / _wide((high - low).clamp(min=1e-6), axes)
     exponent = torch.exp((2 * _uniform(generator, (batch,)) - 1) * style.gamma)
@@ -245,20 +234,6 @@ def _bend(generator: torch.Generator, labels: Tensor, amplitude: float) -> Tenso
         align_corners=True,
     )
     return moved[:, 0].round().long()
-
-
-def _blob(generator: torch.Generator, batch: int, shape: Sequence[int]) -> Tensor:
-    """Return masks of one large uneven ellipsoid each."""
-    axes, device = len(shape), generator.device
-    lines = [torch.linspace(-1, 1, n, device=device) for n in shape]
-    grid = torch.stack(torch.meshgrid(*lines, indexing="ij"))[None]
-    centre = 0.3 * _normal(generator, (batch, axes)).reshape(batch, axes, *[1] * axes)
-    radius = 0.6 + 0.5 * _uniform(generator, (batch, axes)).reshape(batch, axes, *[1] * axes)
-    distance = (((grid - centre) / radius) ** 2).sum(1)
-    uneven = smooth_noise(generator, batch, 1, shape, 24.0) + smooth_noise(
-        generator, batch, 1, shape, 8.0
-    )
-    return distance + 0.25 * uneven[:, 0] < 1
 
 
 def _blur(image: Tensor, sigma: Tensor) -> Tensor:
