@@ -35,7 +35,7 @@ class Effect:
     text, unit, source
         What it is, in which unit, where its values come from.
     draw
-        ``uniform``, ``log-uniform``, ``integer`` or ``choice``.
+        ``uniform``, ``log-uniform``, ``skewed``, ``integer`` or ``choice``.
     ordinary, full
         Ends of the range, or the values to choose among, of the two profiles.
     levels
@@ -69,7 +69,8 @@ class Effect:
         elif self.draw == "log-uniform":
             value = float(np.exp(rng.uniform(np.log(float(values[0])), np.log(float(values[1])))))
         else:
-            value = float(rng.uniform(float(values[0]), float(values[1])))
+            share = rng.random() ** (2 if self.draw == "skewed" else 1)
+            value = float(values[0]) + share * (float(values[1]) - float(values[0]))
         return value if present else self.off
 
     def understood(self, text: Value) -> Value:

@@ -134,12 +134,12 @@ def reoriented(scan: LabelMapScan, codes: str) -> LabelMapScan:
     Parameters
     ----------
     scan
-        With axes that point to the right, front and top.
+        With axes in any directions.
     codes
         Directions in which the axes are to point.
     """
     wanted = nib.orientations.axcodes2ornt(tuple(codes))
-    change = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), wanted)
+    change = nib.orientations.ornt_transform(nib.orientations.io_orientation(scan.affine), wanted)
     shape = tuple(scan.labels.shape)
     order = np.argsort(change[:, 0]).astype(int).tolist()
     flipped = [int(change[axis, 0]) for axis in range(3) if change[axis, 1] < 0]
