@@ -1,4 +1,4 @@
-"""Do features help on contrasts that were not trained on? Red and dentate nuclei of simulated heads.
+"""Do features help on contrasts that were not trained on? Red and dentate nuclei, simulated heads.
 
     fdl simulate TRAIN --truth TRAIN_TRUTH --participants 40 --seed 1
     fdl simulate TEST --truth TEST_TRUTH --participants 12 --seed 9001
