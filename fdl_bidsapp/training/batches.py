@@ -222,7 +222,7 @@ def make_bank(
 
     Returns
     -------
-    contrast → [(C, n1, n2, n3) tensor]
+    contrast → [(n1, n2, n3) tensor, or (C, n1, n2, n3) of features]
         Contrasts that no case has are left out.
     """
     bank: dict[str, list[Tensor]] = {}
@@ -233,5 +233,6 @@ def make_bank(
             images, _ = resident.window(None, 0.0)
             for contrast in missing:
                 volume = images[:, [resident.names.index(contrast)]]
-                bank[contrast] = [low_part(front(volume), spec.theta, spec.spectrum)[0]]
+                low = low_part(front(volume), spec.theta, spec.spectrum)[0]
+                bank[contrast] = [low if spec.features else low[0]]
     return bank
