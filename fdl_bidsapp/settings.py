@@ -16,6 +16,7 @@ LEVELS = ("participant", "group")
 CONTRASTS = ("qsm", "r2star", "imag", "swi")
 TARGETS = ("auto", *CONTRASTS)
 DEVICES = ("auto", "cpu", "cuda")
+PAPER_MEASURES = ("volume", "qsm_mean", "r2star_mean")
 RECONSTRUCTIONS = ("auto", "never", "tv", "tikhonov", "tkd", "ndi")
 SPACES = ("MNI152NLin2009aSym",)
 

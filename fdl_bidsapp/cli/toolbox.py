@@ -13,7 +13,7 @@ from fdl_bidsapp.cli import features
 from fdl_bidsapp.cli.train import add_commands
 from fdl_bidsapp.cli.trouble import explain
 from fdl_bidsapp.errors import FdlError, OutputError, UsageError
-from fdl_bidsapp.settings import CONTRASTS, DEVICES
+from fdl_bidsapp.settings import CONTRASTS, DEVICES, PAPER_MEASURES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,6 +117,18 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--flips", action="store_true", help="average over left-right flips")
     segment.add_argument("--output", type=Path, required=True, metavar="DIR")
     segment.set_defaults(command=_segment)
+
+    figure = commands.add_parser(
+        "figure", help="draw a cohort's plots at print size, as SVG and PNG"
+    )
+    figure.add_argument("folder", type=Path, metavar="OUT", help="output folder of the app")
+    figure.add_argument("--output", type=Path, required=True, metavar="DIR")
+    figure.add_argument(
+        "--measures", nargs="+", choices=PAPER_MEASURES, default=PAPER_MEASURES, help="default: all"
+    )
+    figure.add_argument("--by", metavar="COLUMN", help="default: the diagnosis, where there is one")
+    figure.add_argument("--controls", metavar="COLUMN=VALUE", help="as for fdl-bidsapp group")
+    figure.set_defaults(command=_figure)
 
     features.add_command(commands)
     return parser
@@ -258,6 +270,20 @@ def _check_models(options: argparse.Namespace) -> int:
             print(f"fdl: {error}", file=sys.stderr)
             code = code or error.exit_code
     return code
+
+
+def _figure(options: argparse.Namespace) -> int:
+    from fdl_bidsapp.reports.figures import write_figures
+
+    for path in write_figures(
+        options.folder / "group_morph.tsv",
+        options.output,
+        measures=options.measures,
+        by=options.by,
+        controls=options.controls,
+    ):
+        print(path)
+    return 0
 
 
 def _segment(options: argparse.Namespace) -> int:

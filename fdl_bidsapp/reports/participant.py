@@ -290,7 +290,7 @@ def _overview(done: Sequence[ScanResult], scans: Sequence[ScanResult]) -> Row | 
     names = {row["abbreviation"]: row["name"] for scan in done for row in scan.measures}
     rows = []
     for abbreviation, name in names.items():
-        cells = []
+        cells: list[Row | None] = []
         for scan in scans:
             row = _measured(scan, abbreviation)
             if row is None:

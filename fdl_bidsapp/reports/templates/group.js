@@ -33,7 +33,8 @@
 
   const state = { measure: measures[0]?.key, by: design.group || "", covariate: "", find: "", only: "", rating: "" };
   let selected = []; // rows
-  let palette = new Map();
+  let ofNucleus = nuclei.map(() => []); // the same by nucleus
+  let groups = []; // {name, colour, shape}
 
   const option = (select, value, text) => select.append(new Option(text, value));
   for (const one of measures) option($("measure"), one.key, one.title + (one.unit ? ` (${one.unit})` : ""));
@@ -51,18 +52,24 @@
     option($("rating"), "none", "not rated");
   }
 
-  const searchable = scans.name.map((name, scan) =>
-    [name, ...columns.filter((column) => column.levels).map((column) => raw(column, scan))]
-      .filter((text) => text !== null).join(" ").toLowerCase());
+  const texts = [];
+  const searchable = (scan) => {
+    texts[scan] ??= [scans.name[scan], ...columns.filter((column) => column.levels).map((column) => raw(column, scan))]
+      .filter((text) => text !== null).join(" ").toLowerCase();
+    return texts[scan];
+  };
 
   function select() {
     const words = state.find.toLowerCase().split(/\s+/).filter(Boolean);
     const kept = [];
+    let count = 0;
+    ofNucleus = nuclei.map(() => []);
     for (let scan = 0; scan < N; scan++) {
+      const before = kept.length;
       for (let k = 0; k < K; k++) {
         const row = scan * K + k;
         if (words.length) {
-          const text = searchable[scan] + " " + nuclei[k].abbreviation.toLowerCase() + " " + nuclei[k].name.toLowerCase();
+          const text = searchable(scan) + " " + nuclei[k].abbreviation.toLowerCase() + " " + nuclei[k].name.toLowerCase();
           if (!words.every((word) => text.includes(word))) continue;
         }
         if (state.only === "ok" && flag(row) !== "ok") continue;
@@ -74,34 +81,37 @@
             : state.rating === "not bad" ? said === "bad" : said !== state.rating) continue;
         }
         kept.push(row);
+        ofNucleus[k].push(row);
       }
+      if (kept.length > before) count++;
     }
     selected = kept;
-    const count = new Set(kept.map((row) => Math.floor(row / K))).size;
     $("shown").textContent = `${count} of ${N} scans`;
   }
 
+  // The place of a row's group among the groups; those without a value come last.
   function groupOf(row) {
     const column = byKey[state.by];
-    return column ? raw(column, Math.floor(row / K)) ?? "n/a" : "all";
+    if (!column) return 0;
+    const code = column.codes[Math.floor(row / K)];
+    return code < 0 ? column.levels.length : code;
   }
 
   function colourGroups() {
     const column = byKey[state.by];
-    const names = column
-      ? [...column.levels, ...(column.codes.some((code) => code < 0) ? ["n/a"] : [])] : ["all"];
-    palette = new Map(names.map((name, k) => [String(name), {
-      colour: name === "n/a" ? GREY : HUES[k % HUES.length],
-      shape: SHAPES[k % SHAPES.length],
-    }]));
+    const missing = column?.codes.some((code) => code < 0);
+    groups = (column ? column.levels : ["all"]).map((name, k) => ({
+      name: String(name), colour: HUES[k % HUES.length], shape: SHAPES[k % SHAPES.length],
+    }));
+    if (missing) groups.push({ name: "n/a", colour: GREY, shape: "circle" });
     for (const legend of document.querySelectorAll(".legend")) {
-      legend.replaceChildren(...(column ? [...palette] : []).map(([name, style]) => {
+      legend.replaceChildren(...(column ? groups : []).map((style) => {
         const item = document.createElement("span");
         const swatch = document.createElement("canvas");
         swatch.width = swatch.height = 14;
         swatch.setAttribute("aria-hidden", "true");
         marker(swatch.getContext("2d"), style, 7, 7, 4.5, 1);
-        item.append(swatch, name);
+        item.append(swatch, style.name);
         return item;
       }));
     }
@@ -226,17 +236,24 @@
         g.beginPath(); line(low, false); line(high, true); g.closePath();
         g.fillStyle = `rgba(27,36,48,${alpha})`; g.fill();
       }
-      g.beginPath(); line("p50", false); g.strokeStyle = INK; g.lineWidth = 1.8; g.stroke(); g.lineWidth = 1;
     }
     const many = plot.points.length > 600;
     const radius = many ? 2.2 : plot.points.length > 100 ? 3 : 4, alpha = many ? 0.45 : 0.75;
-    const stamps = new Map([...palette].map(([name, style]) => [name, stamp(style, radius, alpha, scale)]));
+    const stamps = groups.map((style) => stamp(style, radius, alpha, scale));
     panel.hits = [];
     for (const point of plot.points) {
       const x = toX(point.x), y = toY(point.y);
-      const one = stamps.get(String(groupOf(point.row)));
+      const one = stamps[groupOf(point.row)];
       g.drawImage(one.canvas, x - one.size / 2, y - one.size / 2, one.size, one.size);
       panel.hits.push([x, y, point]);
+    }
+    if (plot.curve) {
+      for (const [name, wide, dash] of [["p05", 1.2, [4, 3]], ["p50", 2, []], ["p95", 1.2, [4, 3]]]) {
+        g.beginPath();
+        plot.curve.age.forEach((age, k) => g[k ? "lineTo" : "moveTo"](toX(age), toY(plot.curve[name][k])));
+        g.strokeStyle = INK; g.lineWidth = wide; g.setLineDash(dash); g.stroke();
+      }
+      g.lineWidth = 1; g.setLineDash([]);
     }
     for (const box of plot.boxes || []) {
       const half = Math.min(0.3, 26 / ((right - left) / plot.x.categories.length));
@@ -259,17 +276,17 @@
   const jitter = (row) => (((row * 2654435761) >>> 0) / 2 ** 32 - 0.5) * 0.5;
 
   function strip(rows, valueOf, title, digits, unit, about, zero) {
-    const names = [...palette.keys()];
-    const groups = names.map(() => []);
+    const names = groups.map((one) => one.name);
+    const numbersOf = groups.map(() => []);
     const points = [];
     for (const row of rows) {
       const value = valueOf(row);
       if (value === null || value === undefined) continue;
-      const k = names.indexOf(String(groupOf(row)));
-      groups[k].push(value);
+      const k = groupOf(row);
+      numbersOf[k].push(value);
       points.push({ x: k + jitter(row), y: value, row, text: `${title} ${format(value, digits)} ${unit}` });
     }
-    const boxes = groups.map((numbers, at) => {
+    const boxes = numbersOf.map((numbers, at) => {
       if (!numbers.length) return null;
       numbers.sort((a, b) => a - b);
       const [q1, middle, q3] = [0.25, 0.5, 0.75].map((q) => quantile(numbers, q));
@@ -278,9 +295,9 @@
         high: numbers.findLast((v) => v <= q3 + reach) };
     }).filter(Boolean);
     const range = extent(points.map((point) => point.y).concat(zero ? [0] : []));
-    const words = boxes.map((box) => `${names[box.at]}: n ${groups[box.at].length}, median ${format(box.median, digits)}`);
+    const words = boxes.map((box) => `${names[box.at]}: n ${numbersOf[box.at].length}, median ${format(box.median, digits)}`);
     return { x: { range: [-0.6, names.length - 0.4], categories: names }, y: { range, title: unit ? `${title} (${unit})` : title },
-      counts: groups.map((numbers) => numbers.length), points, boxes, zero, about: `${about}. ${words.join("; ") || "no values"}` };
+      counts: numbersOf.map((numbers) => numbers.length), points, boxes, zero, about: `${about}. ${words.join("; ") || "no values"}` };
   }
 
   function scatter(rows, xOf, yOf, x, y, about, more = {}) {
@@ -298,7 +315,7 @@
       about: `${about}: ${points.length} points`, ...more };
   }
 
-  const rowsOf = (k) => selected.filter((row) => row % K === k);
+  const rowsOf = (k) => ofNucleus[k];
   const measureOf = (key) => measures.find((one) => one.key === key);
   const named = (one) => (one.unit ? `${one.title} (${one.unit})` : one.title);
 
@@ -349,9 +366,10 @@
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       const panel = panels.find((one) => one.canvas === entry.target);
-      if (entry.isIntersecting) { visible.add(panel); if (panel.stale) { panel.stale = false; draw(panel); } }
+      if (entry.isIntersecting) visible.add(panel);
       else visible.delete(panel);
     }
+    later();
   }, { rootMargin: "200px" });
 
   for (const place of document.querySelectorAll("[data-plot]")) {
@@ -393,7 +411,7 @@
       if (!hit) return;
       const row = hit[2].row;
       tip.textContent = `${scans.name[Math.floor(row / K)]} ${nuclei[row % K].abbreviation}: ${hit[2].text}` +
-        (state.by ? ` · ${byKey[state.by].title} ${groupOf(row)}` : "") +
+        (state.by ? ` · ${byKey[state.by].title} ${groups[groupOf(row)].name}` : "") +
         (flag(row) && flag(row) !== "ok" ? ` · ${flag(row).replaceAll(";", ", ")}` : "");
       tip.style.left = Math.min(event.clientX + 12, innerWidth - 310) + "px";
       tip.style.top = (event.clientY + 14) + "px";
@@ -562,9 +580,23 @@
     select();
     colourGroups();
     for (const panel of panels) panel.stale = true;
-    for (const panel of visible) { panel.stale = false; draw(panel); }
+    later();
     drawOutliers();
     drawTable();
+  }
+  // Panels in view are drawn one a frame, so that the page answers meanwhile.
+  let waiting = false;
+  function later() {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      const next = panels.find((panel) => panel.stale && visible.has(panel));
+      if (!next) return;
+      next.stale = false;
+      draw(next);
+      later();
+    });
   }
   const bind = (id, key, event) => $(id).addEventListener(event, () => {
     state[key] = $(id).value;
@@ -582,7 +614,7 @@
   let pending = 0;
   addEventListener("resize", () => {
     clearTimeout(pending);
-    pending = setTimeout(() => { for (const panel of panels) panel.stale = !visible.has(panel); visible.forEach(draw); }, 120);
+    pending = setTimeout(() => { for (const panel of panels) panel.stale = true; later(); }, 120);
   });
   addEventListener("beforeprint", () => panels.forEach(draw));
   makeTable();
