@@ -265,7 +265,7 @@ def registration(
 
     torch.manual_seed(seed)
     schedule = Schedule(1500, learning_rate=1e-3, weight_decay=1e-4, average=0.99)
-    network = RegistrationNetwork(2, channels, width=16, levels=5)
+    network = RegistrationNetwork(2, channels, width=16, levels=4)
     trained = train(network, draw, loss, schedule, folder, CPU).network
     rows: list[dict[str, Any]] = []
     folded: list[float] = []

@@ -247,7 +247,14 @@ def load_features(name_or_path: str | PathLike[str]) -> FeatureBundle:
     InputMissingError, ModelError, StorageError
         As there, or the file is a model that segments.
     """
-    bundle = load_model(name_or_path)
+    try:
+        bundle = load_model(name_or_path)
+    except InputMissingError as error:
+        raise InputMissingError(
+            "there are no such features",
+            "train some with fdl train --recipe cifl --output FILE, and give that file",
+            path=error.path,
+        ) from error
     if isinstance(bundle, Bundle):
         raise ModelError(
             "this model segments and has no features to give",
@@ -479,9 +486,7 @@ def _spec_from_json(value: object) -> ModelSpec:
         },
         provenance=_typed(values["provenance"], dict),
         # Files from before there were locators have none.
-        locator=None
-        if values.get("locator") is None
-        else _spec_from_json(values["locator"]),
+        locator=None if values.get("locator") is None else _spec_from_json(values["locator"]),
     )
 
 

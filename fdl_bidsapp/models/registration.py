@@ -1,7 +1,7 @@
 """A small registration network: two images in, a dense displacement out.
 
-The network is a U-Net on the channels of both images; its output moves one image onto the other by
-a spatial transformer. It is trained without labels, by the likeness of the moved and the fixed
+The network is a U-Net on the channels of both images, at half their resolution; its output moves
+one image onto the other by a spatial transformer. It is trained without labels, by the likeness of the moved and the fixed
 channels and the smoothness of the displacement. Source: Balakrishnan et al., VoxelMorph, IEEE TMI
 2019;38:1788-1800.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdl_bidsapp.models.backbones import UNet
+from fdl_bidsapp.models.backbones import UNet, convolution_block
 
 
 class RegistrationNetwork(nn.Module):
@@ -39,7 +39,10 @@ class RegistrationNetwork(nn.Module):
 
     def __init__(self, dimensions: int, channels: int, *, width: int = 16, levels: int = 4) -> None:
         super().__init__()
-        self.backbone = UNet(dimensions, 2 * channels, width=width, levels=levels)
+        # Displacements are smooth: half the resolution is enough for them, and much cheaper.
+        self.stem = convolution_block(2 * channels, width, 2, dimensions)
+        self.backbone = UNet(dimensions, width, width=width, levels=levels)
+        self.mode = "bilinear" if dimensions == 2 else "trilinear"
         convolution = nn.Conv2d if dimensions == 2 else nn.Conv3d
         self.head = convolution(width, dimensions, 3, padding=1)
         # Training starts from very nearly no displacement.
@@ -63,8 +66,10 @@ class RegistrationNetwork(nn.Module):
             In pixels; see :func:`warp`.
         """
         (fixed,) = others
-        features = self.backbone.features(torch.cat([moving, fixed], dim=1))
-        displacement = self.head(features).float()
+        features = self.backbone.features(self.stem(torch.cat([moving, fixed], dim=1)))
+        displacement = F.interpolate(
+            self.head(features).float(), moving.shape[2:], mode=self.mode, align_corners=True
+        )
         return [warp(moving, displacement), displacement]
 
 

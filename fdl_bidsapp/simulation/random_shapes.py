@@ -206,7 +206,8 @@ def _wide(values: Tensor, axes: int) -> Tensor:
 
 
 def _strength(generator: torch.Generator, batch: int, largest: float, axes: int) -> Tensor:
-    return _wide(largest * _uniform(generator, (batch,)), axes)
+    # Squared, so that many images have hardly any: real backgrounds are flat.
+    return _wide(largest * _uniform(generator, (batch,)) ** 2, axes)
 
 
 def _chance(generator: torch.Generator, batch: int, share: float, axes: int) -> Tensor:

@@ -20,7 +20,7 @@ from fdl_bidsapp.training.fit import draw_training_curve, run_folder, with_value
 from fdl_bidsapp.training.loop import train
 from fdl_bidsapp.training.recipes import make_feature_recipe
 
-CROPS = {2: (112, 96), 3: (48, 48, 48)}
+CROPS = {2: (96, 96), 3: (64, 64, 64)}
 """Grids that are trained on, by dimensions, unless another one is given."""
 
 STANDARD_IMAGES = 16
@@ -85,7 +85,7 @@ def make_feature_settings(values: Mapping[str, Any]) -> FeatureSettings:
     Examples
     --------
     >>> make_feature_settings({"dimensions": 2}).grid_shape
-    (112, 96)
+    (96, 96)
     """
     settings = with_values(FeatureSettings(), values)
     if settings.dimensions not in CROPS:

@@ -106,7 +106,7 @@ FEATURE_RECIPE = FeatureRecipe(
     tau_total=0.1,
     tau_channels=1.0,
     centred=True,
-    schedule=Schedule(4000, learning_rate=1e-3, weight_decay=1e-4, average=0.99),
+    schedule=Schedule(4000, learning_rate=2e-3, weight_decay=1e-4, average=0.99),
 )
 """The recipe ``cifl``."""
 
