@@ -1,9 +1,9 @@
 """A small registration network: two images in, a dense displacement out.
 
 The network is a U-Net on the channels of both images, at half their resolution; its output moves
-one image onto the other by a spatial transformer. It is trained without labels, by the likeness of the moved and the fixed
-channels and the smoothness of the displacement. Source: Balakrishnan et al., VoxelMorph, IEEE TMI
-2019;38:1788-1800.
+one image onto the other by a spatial transformer. It is trained without labels, by the likeness of
+the moved and the fixed channels and the smoothness of the displacement. Source: Balakrishnan et
+al., VoxelMorph, IEEE TMI 2019;38:1788-1800.
 """
 
 from __future__ import annotations
