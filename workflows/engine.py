@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -240,7 +241,8 @@ class _Reporting:
     ) -> object:
         lines = result["traceback"] if result else format_exception(*sys.exc_info())
         notrun = super()._clean_queue(jobid, graph, result=result)  # type: ignore[misc]
-        self.scans.failed(self.procs[jobid], _error_of(self.procs[jobid], "".join(lines)))
+        outcome = result and result.get("result")
+        self.scans.failed(self.procs[jobid], _error_of(self.procs[jobid], "".join(lines), outcome))
         return notrun
 
     def _postrun_check(self) -> None:
@@ -283,7 +285,9 @@ class _Workers(_Reporting, MultiProcPlugin):
         while True:
             worker = self._idle.pop() if self._idle else self._new_worker()
             try:
-                with _interrupt_blocked():
+                # A process started within never sees the terminal's interrupt, which goes to all
+                # processes alike; the parent gets it a moment later and ends its workers.
+                with _blocked(signal.SIGINT):
                     future = worker.submit(_run_node, node, updatehash, self._taskid)
             except BrokenProcessPool:  # it died while it had nothing to do
                 self._workers.discard(worker)
@@ -320,6 +324,24 @@ class _Workers(_Reporting, MultiProcPlugin):
         )
         self._workers.add(worker)
         return worker
+
+
+class _Jobs(_Reporting):
+    """Jobs of a cluster; those of Slurm do not outlive the run."""
+
+    def run(self, graph: nx.DiGraph, config: object, updatehash: bool = False) -> None:
+        try:
+            super().run(graph, config, updatehash=updatehash)  # type: ignore[misc]
+        except BaseException:
+            if isinstance(self, plugins.SLURMPlugin) and self._pending:
+                jobs = [str(job) for job in self._pending]
+                subprocess.run(["scancel", *jobs], capture_output=True, check=False)
+            raise
+
+    def _submit_job(self, node: Node, updatehash: bool = False) -> int:
+        # Nobody would know of a job whose number was not read.
+        with _blocked(signal.SIGINT, signal.SIGTERM):
+            return int(super()._submit_job(node, updatehash=updatehash))  # type: ignore[misc]
 
 
 class _InProcess(PluginBase):
@@ -364,7 +386,7 @@ def _plugin(settings: Settings, scans: _Scans, log_file: Path) -> PluginBase:
         plugin = _Workers(alone | arguments, log_file)
     else:
         kind = getattr(plugins, f"{name}Plugin")
-        plugin = type(name, (_Reporting, kind), {})(plugin_args=arguments)
+        plugin = type(name, (_Jobs, kind), {})(plugin_args=arguments)
     plugin.scans = scans
     return plugin
 
@@ -463,10 +485,8 @@ def _log_handlers(log_file: Path) -> logging.Handler:
 
 
 @contextmanager
-def _interrupt_blocked() -> Iterator[None]:
-    # A process started within never sees the terminal's interrupt, which goes to all processes
-    # alike; the parent gets it a moment later and ends its workers.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _blocked(*signals: signal.Signals) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
@@ -506,16 +526,22 @@ def _threads(count: int | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _error_of(node: Node, traceback: str) -> FdlError:
+def _error_of(node: Node, traceback: str, outcome: Any = None) -> FdlError:
     """Recover the error of a node, of which Nipype keeps the text alone."""
+    if "results file does not exist" in traceback:
+        return TemporaryError(
+            "its job ended without a result, most likely for lack of memory or time",
+            "ask for more of both in the file after --use-plugin; finished scans are kept",
+        )
     if "BrokenProcessPool" in traceback:
         return TemporaryError(
             "its worker process was killed, most likely for lack of memory", _LESS_AT_ONCE
         )
     if "Exception raised while executing Node" in traceback:
-        # Written by Nipype beside the node; whatever it is, the traceback remains.
+        # From the cluster's job, or written by Nipype beside the node; whatever it is, the
+        # traceback remains.
         with suppress(Exception):
-            runtime = node.result.runtime
+            runtime = (outcome or node.result).runtime
             traceback = runtime.traceback
             *arguments, closing = runtime.traceback_args[0].split("\n")
             kind = _kinds().get(closing.split()[4])

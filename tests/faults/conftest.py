@@ -13,6 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
+
+settings.register_profile("long", max_examples=3400)
 
 COMMAND = (sys.executable, "-c", "from fdl_bidsapp.cli.app import main; main()")
 
