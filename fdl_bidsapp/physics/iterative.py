@@ -100,7 +100,7 @@ def nonlinear_inversion(
     weight: Array | None = None,
     radians_per_ppm: float = 2 * np.pi * 42.577 * 3.0 * 0.02,
     penalty: float = 1e-3,
-    iterations: int = 120,
+    iterations: int = 30,
     device: str = "cpu",
 ) -> Array:
     """Invert the dipole on the circle, where a wrapped or noisy phase is no outlier.
@@ -124,7 +124,8 @@ def nonlinear_inversion(
     Notes
     -----
     Minimises ½ ‖W |exp(i s d ∗ χ) - exp(i s f)|‖² / s² + ½ α ‖χ‖² (Polak et al., NMR Biomed. 33
-    (2020) e4271), with Nesterov's momentum.
+    (2020) e4271), with Nesterov's momentum. The sources of a local field lie in the mask, and only
+    there the map may differ from zero.
     """
     import torch
 
@@ -138,7 +139,7 @@ def nonlinear_inversion(
         spectrum = grid.forward_fft(ahead)
         misfit = grid.inverse_fft(spectrum * grid.dipole).sub_(grid.field)
         misfit = squared * torch.sin(misfit.mul_(s)) / s
-        gradient = grid.inverse_fft(grid.forward_fft(misfit) * grid.dipole)
+        gradient = grid.inverse_fft(grid.forward_fft(misfit) * grid.dipole).mul_(grid.inside)
         following = ahead - step * (gradient + penalty * ahead)
         momentum, before = (1 + np.sqrt(1 + 4 * momentum**2)) / 2, momentum
         ahead = following + ((before - 1) / momentum) * (following - chi)
@@ -178,6 +179,7 @@ class _Grid:
             return whole
 
         self.inner = inner
+        self.inside = padded(mask)
         self.field = padded(np.where(mask, field, 0))
         self.weight = padded(trust)
         kernel = dipole_kernel(self.shape, spacing, direction)

@@ -9,8 +9,15 @@ import scipy.ndimage as ndi
 
 Array = np.ndarray
 
-BRIDGE = 3.5
-"""mm: what joins brain and scalp (vessels, nerves, the eyes' muscles) is under twice this."""
+BRIDGES = (3.5, 5.0, 7.0, 9.0)
+"""mm: half the width of what may join brain and scalp (vessels, nerves, bone that is not dark at a
+short echo time); the least that parts the two is taken."""
+
+LARGEST_BRAIN = 1900.0
+"""ml; what is larger is brain and scalp in one."""
+
+LARGEST_HOLE = 5.0
+"""ml; dark vessels and nuclei are smaller, and bone is larger."""
 
 MOST_RESIDUAL = 0.6
 """Radians; phase that is noise alone leaves 1.8."""
@@ -45,15 +52,19 @@ def brain_mask(magnitude: Array, spacing: Sequence[float]) -> Array:
         return head
     even = _evened(image, head, sizes)
     bright = even > 0.5 * np.median(even[head])
-    bright = ndi.binary_fill_holes(bright & ndi.binary_dilation(head, iterations=2))
+    bright = _without_small_holes(bright & ndi.binary_dilation(head, iterations=2), sizes)
     depth = ndi.distance_transform_edt(bright, sampling=sizes)
-    core = _largest(depth > BRIDGE)
-    if not core.any():
-        return core
-    reach = ndi.distance_transform_edt(~core, sampling=sizes)
-    grown = bright & (reach <= BRIDGE + float(sizes.max()) / 2)
-    closed = _closed(grown, 3.0, sizes)
-    return ndi.binary_fill_holes(_largest(closed))
+    found = np.zeros(image.shape, bool)
+    for bridge in BRIDGES:
+        core = _largest(depth > bridge)
+        if not core.any():
+            break
+        reach = ndi.distance_transform_edt(~core, sampling=sizes)
+        grown = bright & (reach <= bridge + float(sizes.max()) / 2)
+        found = ndi.binary_fill_holes(_largest(_closed(grown, 3.0, sizes)))
+        if found.sum() * np.prod(sizes) / 1000 < LARGEST_BRAIN:
+            break
+    return found
 
 
 def _otsu(image: Array) -> float:
@@ -72,6 +83,14 @@ def _evened(image: Array, head: Array, sizes: Array) -> Array:
     weight = ndi.gaussian_filter(head.astype(np.float32), sigma, truncate=2.0)
     smooth = ndi.gaussian_filter(np.where(head, image, 0), sigma, truncate=2.0)
     return np.where(weight > 1e-3, image * weight / np.maximum(smooth, 1e-12), 0)
+
+
+def _without_small_holes(mask: Array, sizes: Array) -> Array:
+    """Fill what a vein or a nucleus leaves dark, but not the bone between brain and scalp."""
+    holes, _ = ndi.label(ndi.binary_fill_holes(mask) & ~mask)
+    small = np.bincount(holes.ravel()) * np.prod(sizes) / 1000 < LARGEST_HOLE
+    small[0] = False
+    return mask | small[holes]
 
 
 def _largest(mask: Array) -> Array:

@@ -12,7 +12,7 @@ from fdl_bidsapp.physics.phase import wrap
 
 Array = np.ndarray
 
-OFFSET_SIGMA = 6.0
+OFFSET_SIGMA = 4.0
 """Width in mm to which the phase at echo time zero is smoothed: a coil's varies no faster."""
 
 OFFSET_PASSES = 4
@@ -121,7 +121,8 @@ def fit_unwrapped_field(
     left = sum(
         weights[..., e] * (phases[..., e] - slope * np.float32(t)) ** 2 for e, t in enumerate(times)
     )
-    residual = np.sqrt(left / np.maximum(weights.sum(-1), np.finfo(np.float32).tiny))
+    total = weights.sum(-1)
+    residual = np.sqrt(np.divide(left, total, out=np.zeros_like(total), where=total > 0))
     return np.where(mask, slope * to_ppm, 0), np.where(mask, residual, 0)
 
 
@@ -145,9 +146,10 @@ def _line(phases: Array, weights: Array, times: Array, n: int) -> tuple[Array, A
         wtt += weight * time**2
         wp += weight * phases[..., e]
         wtp += weight * time * phases[..., e]
-    determinant = np.maximum(w * wtt - wt**2, np.finfo(np.float32).tiny)
-    slope = (w * wtp - wt * wp) / determinant
-    return slope, (wp - slope * wt) / np.maximum(w, np.finfo(np.float32).tiny)
+    determinant = w * wtt - wt**2
+    known = determinant > 1e-6 * w * wtt
+    slope = np.divide(w * wtp - wt * wp, determinant, out=np.zeros_like(w), where=known)
+    return slope, np.divide(wp - slope * wt, w, out=np.zeros_like(w), where=known)
 
 
 def _smoothed_angle(angle: Array, weight: Array, spacing: Sequence[float]) -> Array:

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fdl_bidsapp.physics.dipole import field_from_susceptibility
+from fdl_bidsapp.physics.inversion import thresholded_division
+from fdl_bidsapp.physics.iterative import nonlinear_inversion, total_variation
+
+SHAPE, SPACING = (32, 30, 24), (1.5, 1.5, 2.0)
+TILTED = np.array([0.2, 0.3, 0.9]) / np.linalg.norm([0.2, 0.3, 0.9])
+
+
+def places():
+    return np.meshgrid(
+        *((np.arange(n) - (n - 1) / 2) * h for n, h in zip(SHAPE, SPACING, strict=True)),
+        indexing="ij",
+    )
+
+
+def phantom():
+    """Susceptibility (ppm) of three balls in a brain, and its mask."""
+    x, y, z = places()
+    chi = np.zeros(SHAPE, np.float32)
+    for centre, radius, value in (
+        ((-7, 0, 2), 5, 0.15),
+        ((8, -5, 0), 5, 0.1),
+        ((0, 9, -4), 4, -0.1),
+    ):
+        where = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2 < radius**2
+        chi[where] = value
+    return chi, x**2 + y**2 + z**2 < 20**2
+
+
+def error(found, truth, mask):
+    """NRMSE after taking out the means."""
+    found, truth = (data[mask] - data[mask].mean() for data in (found, truth))
+    return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
+
+
+@pytest.mark.parametrize("direction", [(0, 0, 1), TILTED], ids=["straight", "oblique"])
+def test_total_variation_beats_thresholded_division(direction):
+    chi, mask = phantom()
+    field = field_from_susceptibility(chi, SPACING, direction)
+    field += np.random.default_rng(0).normal(0, 0.0005, SHAPE).astype(np.float32)
+    found = total_variation(field, mask, SPACING, direction)
+    plain = thresholded_division(field, mask, SPACING, direction)
+    assert error(found, chi, mask) < error(plain, chi, mask)
+    assert not found[~mask].any()
+
+
+@pytest.mark.parametrize("direction", [(0, 0, 1), TILTED], ids=["straight", "oblique"])
+def test_the_nonlinear_inversion_finds_the_map(direction):
+    chi, mask = phantom()
+    field = field_from_susceptibility(chi, SPACING, direction)
+    found = nonlinear_inversion(field, mask, SPACING, direction)
+    assert np.corrcoef(found[mask], chi[mask])[0, 1] > 0.85
+    assert not found[~mask].any()
+
+
+def test_total_variation_restores_a_piecewise_constant_map():
+    chi, mask = phantom()
+    field = field_from_susceptibility(chi, SPACING, TILTED)
+    found = total_variation(field, mask, SPACING, TILTED, strength=5e-5, iterations=80)
+    assert error(found, chi, mask) < 0.25
+
+
+def test_what_is_not_trusted_does_not_count():
+    chi, mask = phantom()
+    field = field_from_susceptibility(chi, SPACING)
+    weight = np.ones(SHAPE, np.float32)
+    # Wrong by half a ppm where the weight says so.
+    spoilt = field.copy()
+    spoilt[15:17, 20:22, 12:14] += 0.5
+    weight[15:17, 20:22, 12:14] = 0.0
+    trusted = total_variation(spoilt, mask, SPACING, weight=weight)
+    blind = total_variation(spoilt, mask, SPACING)
+    assert error(trusted, chi, mask) < 0.5 * error(blind, chi, mask)
+
+
+def test_the_nonlinear_inversion_does_not_see_whole_turns():
+    chi, mask = phantom()
+    field = field_from_susceptibility(chi, SPACING)
+    turned = field.copy()
+    radians_per_ppm = 16.0
+    turned[14:17, 14:17, 10:12] += 2 * np.pi / radians_per_ppm
+    options = {"radians_per_ppm": radians_per_ppm, "iterations": 30}
+    one = nonlinear_inversion(field, mask, SPACING, **options)
+    other = nonlinear_inversion(turned, mask, SPACING, **options)
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("invert", [total_variation, nonlinear_inversion])
+def test_an_empty_mask_gives_an_empty_map(invert):
+    nothing = np.zeros(SHAPE, np.float32)
+    assert not invert(nothing, nothing.astype(bool), SPACING, iterations=2).any()
