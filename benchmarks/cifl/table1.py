@@ -1,7 +1,7 @@
 """Table 1 of the CIFL abstract on mid-coronal OASIS slices: train on T1, test on other contrasts.
 
     python benchmarks/cifl/table1.py OASIS2D.npz OUT [--seeds 0 1 2] [--tau-channels 1 0.1 0.01]
-        [--jobs 2] [--steps 6000]
+        [--jobs 2] [--steps 4000] [--unseen OTHER.npz --results OTHER.tsv]
 
 For each temperature and seed, features are trained on random shapes. On them, on the images
 themselves as a baseline, and on the high band of the frequency split as the other idea of what
@@ -9,6 +9,7 @@ contrasts have in common, a U-Net learns to segment T1-weighted slices, and a sm
 network to align them with each other. Both are tested on slices of other subjects: in T1, in
 inverted T1 (within the brain, and of the whole picture), and with intensities remapped so that grey
 matter becomes the brightest. Run again, it goes on. Writes ``benchmarks/results/cifl_table1.tsv``.
+With ``--unseen``, all slices are trained on and those of the other file are tested on.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import permutations
 from multiprocessing import get_context
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -84,6 +86,7 @@ class Job:
     """All that is done on one kind of input: ``cifl`` of one temperature, or one of ``FRONTS``."""
 
     data: Path
+    unseen: Path | None
     folder: Path
     features: str
     tau: str
@@ -99,14 +102,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tau-channels", nargs="+", default=["1", "0.1", "0.01"])
-    parser.add_argument("--steps", type=int, default=6000, help="of the features")
+    parser.add_argument("--steps", type=int, default=4000, help="of the features")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--unseen", type=Path, help="other slices to test on")
+    parser.add_argument("--results", type=Path, default=RESULTS / "cifl_table1.tsv")
     options = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     inputs = [(name, "") for name in FRONTS] + [("cifl", tau) for tau in options.tau_channels]
     jobs = [
         Job(
             options.data,
+            options.unseen,
             options.out / f"{features}{tau},seed={seed}",
             features,
             tau,
@@ -129,7 +135,7 @@ def main() -> None:
     }
     kept = [{**row, **about} for row in rows if row["metric"] in ("dice", "hd95")]
     columns = (*AXES[:-1], *RESULT_COLUMNS, *about)
-    write_tsv(RESULTS / "cifl_table1.tsv", kept, columns)
+    write_tsv(options.results, kept, columns)
     for row in kept:
         if row["structure"] == MEAN and row["metric"] == "dice":
             print(*(row[axis] for axis in AXES[:-1]), f"{row['mean']:.3f}", sep="\t")
@@ -152,7 +158,7 @@ def run(job: Job) -> str:
         file = fit_features(settings, job.folder / "features.safetensors", device="cpu")
         bundle = load_features(file)
         front, channels = FrozenFeatures(bundle.network()), bundle.spec.channels
-    known, unseen = load(job.data)
+    known, unseen = load(job.data, job.unseen)
     for task, measure in (("segmentation", segmentation), ("registration", registration)):
         table = job.folder / f"{task}.tsv"
         if not table.exists():
@@ -176,31 +182,34 @@ FRONTS: dict[str, Front] = {
 """Inputs that need no training. Inversion turns the sign of the high band, and leaves its size."""
 
 
-def load(path: Path) -> tuple[Slices, Slices]:
+def load(path: Path, unseen: Path | None = None) -> tuple[Slices, Slices]:
     """Return the slices to train on and those to test on, in all contrasts."""
     data = np.load(path)
-    t1 = data["image"].astype(np.float32)
+    if unseen is not None:
+        other = np.load(unseen)
+        return take(data), take(other)
+    tested = np.isin(data["id"], TEST)
+    return take(data, ~tested), take(data, tested)
+
+
+def take(data: Mapping[str, np.ndarray], chosen: np.ndarray | EllipsisType = ...) -> Slices:
+    """Take some slices of a file, and make their other contrasts."""
+    t1 = data["image"][chosen].astype(np.float32)
     contrasts = {
         "t1": t1,
         "inverted": np.where(t1 > 0, 1 - t1, 0),
         "inverted_whole": 1 - t1,
         "remapped": np.where(t1 > 0, np.interp(t1, *REMAPPED), 0),
     }
-    parts = []
-    for test in (False, True):
-        chosen = np.isin(data["id"], TEST) == test
-        parts.append(
-            Slices(
-                tuple(data["id"][chosen]),
-                tuple(data["subject"][chosen]),
-                {
-                    name: torch.from_numpy(image[chosen].astype(np.float32))[:, None]
-                    for name, image in contrasts.items()
-                },
-                torch.from_numpy(data["label"][chosen].astype(np.int64)),
-            )
-        )
-    return parts[0], parts[1]
+    return Slices(
+        tuple(data["id"][chosen]),
+        tuple(data["subject"][chosen]),
+        {
+            name: torch.from_numpy(image.astype(np.float32))[:, None]
+            for name, image in contrasts.items()
+        },
+        torch.from_numpy(data["label"][chosen].astype(np.int64)),
+    )
 
 
 class Segmenter(nn.Module):
@@ -290,12 +299,12 @@ def registration(
     return rows
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def seen(front: Front, images: Tensor) -> Tensor:
     """Return what the front makes of images, in bfloat16 where the processor has it."""
     dtype = autocast_dtype(CPU)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        return front(images).float().clone()
+        return front(images).float()
 
 
 def random_displacement(generator: torch.Generator, n: int, shape: Sequence[int]) -> Tensor:
@@ -315,10 +324,10 @@ def around_zero(generator: torch.Generator, *size: int) -> Tensor:
     return 2 * torch.rand(size, generator=generator) - 1
 
 
-def varied(slices: Slices, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def varied(known: Slices, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw T1 slices, each turned, scaled, bent, mirrored and shaded a little at random."""
-    chosen = torch.randint(len(slices.names), (n,), generator=generator)
-    image, classes = slices.images["t1"][chosen], slices.classes[chosen]
+    chosen = torch.randint(len(known.names), (n,), generator=generator)
+    image, classes = known.images["t1"][chosen], known.classes[chosen]
     shape = image.shape[2:]
     displacement = random_displacement(generator, n, shape)
     image = warp(image, displacement)
