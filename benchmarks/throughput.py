@@ -8,7 +8,8 @@ takes at most 20 % longer than the loop and is faster than nnU-Net; its work fol
 
 Run it with ``python benchmarks/throughput.py [--scans 50] [--cores 1 2] [--device cpu]``, on a
 machine that has nothing else to do. nnU-Net needs an environment of its own, for its dependencies
-are not ours: ``python -m venv NN; NN/bin/pip install torch==2.13.0 nnunetv2``, then ``--nnunet NN``.
+are not ours: ``python -m venv NN; NN/bin/pip install torch==2.13.0 nnunetv2``; then add
+``--nnunet NN``.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def main() -> None:
             files = app.peak_files / min(cores, options.scans)
             print(f"{cores} cores: {overhead:+.0%} over the bare loop (target {MAX_OVERHEAD:.0%})")
             print(
-                f"  files of a scan at work: {files:.0f} (target {MAX_FILES}); {app.files_after} left"
+                f"  {files:.0f} files a scan at work (target {MAX_FILES}), {app.files_after} left"
             )
             for name, seen in runs.items():
                 print(f"  {name}: {60 * options.scans / seen.seconds:.1f} scans a minute")
