@@ -13,8 +13,9 @@ HEADS = 2
 def make_cohort(root: Path, scans: int) -> Path:
     """Simulate some heads and link their files under further participants' names."""
     toolbox = [sys.executable, "-c", "from fdl_bidsapp.cli.toolbox import main; main()"]
-    words = ["simulate", str(root), "--participants", str(min(HEADS, scans)), "--seed", "1"]
-    subprocess.run([*toolbox, *words], check=True, stdout=subprocess.DEVNULL)
+    words = ["simulate", root, "--participants", min(HEADS, scans), "--seed", 1]
+    words += ["--truth", root.with_name(f"{root.name}-truth")]
+    subprocess.run([*toolbox, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
     (root / "participants.tsv").unlink(missing_ok=True)
     heads = sorted(root.glob("sub-*"))
     for number in range(scans):
