@@ -341,8 +341,9 @@ def quantile_curves(
     grid = np.linspace(ages[0], ages[-1], GRID_POINTS)
 
     def smooth(of: NDArray[np.float64], robust: int) -> NDArray[np.float64]:
-        fitted = lowess(of, ages, frac=SPAN, it=robust, xvals=grid)
         # Where most controls are of one age, a local line has no slope, and lowess no value.
+        with np.errstate(invalid="ignore", divide="ignore"):
+            fitted = lowess(of, ages, frac=SPAN, it=robust, xvals=grid)
         return np.where(np.isfinite(fitted), fitted, np.median(of))
 
     centre = smooth(values, 3)

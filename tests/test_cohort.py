@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fdl_bidsapp.cohort import collect, widen, write_group
-from fdl_bidsapp.errors import InputMissingError
+from fdl_bidsapp.errors import DataError, InputMissingError
 from fdl_bidsapp.imaging.measure import COLUMNS
 from fdl_bidsapp.labels import by_abbreviation
 
@@ -306,7 +306,8 @@ def test_wide_table_has_one_row_a_scan_with_the_same_values(tmp_path: Path) -> N
 
 
 def test_second_run_writes_the_same_bytes(tmp_path: Path) -> None:
-    names = [f"group_morph{kind}" for kind in (".tsv", ".json", "_wide.tsv", "_wide.json")]
+    tables = ("group_morph", "group_morph_wide", "group_summary")
+    names = [f"{name}.{kind}" for name in tables for kind in ("tsv", "json")]
     write_scan(tmp_path, "01", volumes=both())
     write_group(tmp_path)
     first = [(tmp_path / name).read_bytes() for name in names]
@@ -355,3 +356,85 @@ def test_five_thousand_scans_take_seconds(tmp_path: Path) -> None:
     cohort = write_group(tmp_path)
     assert time.perf_counter() - start < 30
     assert len(cohort.rows) == 5000 * len(structures)
+
+
+def ratings(path: Path, *lines: str) -> Path:
+    heading = "scan,abbreviation,rating,comment,rater"
+    path.write_text("\n".join(line.replace(",", "\t") for line in (heading, *lines)) + "\n")
+    return path
+
+
+def test_ratings_become_columns_of_both_tables(tmp_path: Path) -> None:
+    write_scan(tmp_path, "01", volumes=both(), entities={"session": "1"})
+    write_scan(tmp_path, "02", volumes=both())
+    file = ratings(tmp_path / "r.tsv", "sub-01_ses-1,RNL,bad,a vein,A", "sub-02,RNR,good,n/a,n/a")
+    write_group(tmp_path, ratings=[file])
+    rows = read(tmp_path / "group_morph.tsv")
+    assert [(row["rating"], row["rating_comment"]) for row in rows] == [
+        ("bad", "A: a vein"),
+        ("n/a", "n/a"),
+        ("n/a", "n/a"),
+        ("good", "n/a"),
+    ]
+    assert read(tmp_path / "group_morph_wide.tsv")[0]["RNL_rating"] == "bad"
+    described = json.loads((tmp_path / "group_morph.json").read_text())
+    assert set(described["rating"]["Levels"]) == {"good", "needs editing", "bad"}
+    (everybody,) = [
+        row
+        for row in read(tmp_path / "group_summary.tsv")
+        if (row["measure"], row["abbreviation"]) == ("volume", "RNL")
+    ]
+    assert (everybody["n"], everybody["n_rated_bad"]) == ("1", "1")
+
+
+def test_of_several_ratings_the_worst_counts_and_all_comments_stay(tmp_path: Path) -> None:
+    write_scan(tmp_path, "01", volumes=both())
+    first = ratings(tmp_path / "a.tsv", "sub-01,RNL,good,fine,A")
+    second = ratings(tmp_path / "b.tsv", "sub-01,RNL,needs editing,top,B")
+    cohort = collect(tmp_path, ratings=[first, second])
+    assert cohort.rows[0]["rating"] == "needs editing"
+    assert cohort.rows[0]["rating_comment"] == "A: fine; B: top"
+    assert cohort.warnings == ("1 structures are rated differently: the worst rating counts",)
+
+
+def test_ratings_that_fit_nothing_are_told(tmp_path: Path) -> None:
+    write_scan(tmp_path, "01", volumes=both())
+    file = ratings(tmp_path / "r.tsv", "sub-09,RNL,good", "sub-01,RNL,splendid", "sub-01")
+    unreadable, unmatched = collect(tmp_path, ratings=[file]).warnings
+    assert "line 3 is left out" in unreadable
+    assert unmatched == "1 ratings are of no scan in the output folder (sub-09 RNL)"
+
+
+def test_a_file_that_holds_no_ratings_is_refused(tmp_path: Path) -> None:
+    write_scan(tmp_path, "01", volumes=both())
+    with pytest.raises(InputMissingError, match="ratings is not there"):
+        collect(tmp_path, ratings=[tmp_path / "absent.tsv"])
+    other = tmp_path / "other.tsv"
+    other.write_text("participant_id\tage\nsub-01\t60\n")
+    with pytest.raises(DataError, match="this is no file of ratings"):
+        collect(tmp_path, ratings=[other])
+
+
+def test_normal_ranges_are_written_while_there_are_controls_enough(tmp_path: Path) -> None:
+    bids = tmp_path / "bids"
+    bids.mkdir()
+    lines = ["participant_id\tage\tdx"]
+    for k in range(20):
+        write_scan(tmp_path, f"{k:02d}", volumes=both(200 + k % 7))
+        lines.append(f"sub-{k:02d}\t{40 + k}\tHC")
+    (bids / "participants.tsv").write_text("\n".join(lines) + "\n")
+    write_group(tmp_path, bids)
+    rows = read(tmp_path / "group_norms.tsv")
+    assert {row["n_controls"] for row in rows} == {"20"}
+    assert all(float(row["p05"]) <= float(row["p50"]) <= float(row["p95"]) for row in rows)
+    (bids / "participants.tsv").write_text("\n".join(lines[:-1]) + "\n")
+    write_group(tmp_path, bids)
+    assert not list(tmp_path.glob("group_norms.*"))
+
+
+def test_a_record_of_another_participant_is_a_failure(tmp_path: Path) -> None:
+    path = write_scan(tmp_path, "01", volumes=both())
+    path.write_text(path.read_text().replace('"subject": "01"', '"subject": "../02"'))
+    row = collect(tmp_path).rows[0]
+    assert (row["participant_id"], row["status"]) == ("sub-01", "failed")
+    assert "another participant" in row["error"]
