@@ -221,3 +221,16 @@ def test_the_group_job_runs_the_group_level(cluster: Cluster) -> None:
     (call,) = cluster.run("group.sbatch")
     assert call.settings(cluster.image) == Settings(cluster.bids, cluster.out, "group")
     assert call.mounts == [f"{cluster.bids}:{cluster.bids}:ro", f"{cluster.out}:{cluster.out}"]
+
+
+@pytest.mark.real
+def test_a_scan_leaves_as_many_files_as_the_text_says(study) -> None:
+    def files(structures: int) -> int:
+        label_map, table, page = 2, 2, 1
+        return label_map + table + 2 * structures + (2 * structures + 1) + page
+
+    study.add("01", ("qsm", "r2star"))
+    assert study.run() == 0
+    pages = list(study.out.glob("sub-01*.html"))
+    assert len(study.outputs("01")) + len(pages) == files(2)
+    assert f"{files(4)}\n  with four structures" in TEXT
