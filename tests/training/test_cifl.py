@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from fdl_bidsapp.errors import DataError, ModelError, UsageError
+from fdl_bidsapp.errors import DataError, InputMissingError, ModelError, UsageError
 from fdl_bidsapp.models.bundle import load_bundle, load_features, save_features
 from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec, unit_maps
 from fdl_bidsapp.simulation.random_shapes import random_pair
 from fdl_bidsapp.training.cifl import TwoViews, fit_features, make_feature_settings
-from fdl_bidsapp.training.fit import fit, make_settings
+from fdl_bidsapp.training.fit import fit, make_settings, read_toml
 from fdl_bidsapp.training.recipes import make_feature_recipe
 
 
@@ -141,3 +141,17 @@ def test_features_of_slices_are_refused_for_volumes(labelled_set, quick, tmp_pat
     values = {**quick, "features": str(tmp_path / "f.safetensors")}
     with pytest.raises(ModelError, match="slices"):
         fit(make_settings(values), tmp_path / "m.safetensors", device="cpu")
+
+
+def test_features_that_are_not_there_are_told_how_to_get(labelled_set, quick, tmp_path):
+    labelled_set()
+    values = {**quick, "features": str(tmp_path / "none.safetensors")}
+    with pytest.raises(InputMissingError, match="fdl train --recipe cifl"):
+        fit(make_settings(values), tmp_path / "m.safetensors", device="cpu")
+
+
+def test_a_features_file_is_found_beside_the_settings(tmp_path):
+    (tmp_path / "train.toml").write_text('features = "f.safetensors"\n')
+    assert read_toml(tmp_path / "train.toml")["features"] == str(tmp_path / "f.safetensors")
+    (tmp_path / "train.toml").write_text('features = "cifl"\n')
+    assert read_toml(tmp_path / "train.toml")["features"] == "cifl"
