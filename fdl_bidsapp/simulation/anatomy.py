@@ -323,6 +323,7 @@ def _tissue_maps(
     """Return tissue properties, given as (P, tissues), and the depth in the brain on a grid."""
     device = table.device
     x, y, z = shape
+    width = max(1.0, float(np.prod(voxel_size(affine)) ** (1 / 3)))
     maps = torch.empty((len(table), x, y, z), device=device)
     depth = torch.empty((x, y, z), device=device)
     # In blocks, which bounds the memory on fine grids.
@@ -334,16 +335,16 @@ def _tissue_maps(
         places = deformation(grid_points((part.stop - start, y, z), moved, device))
         depth[part] = sample(head.brain_depth, transform(head.depth_to_voxel, places))[0]
         voxels = transform(head.to_voxel, places)
-        # The neck goes on below the label map; everywhere else there is air around it.
-        voxels[2].clamp_(min=head.lowest)
+        # The neck goes on below the label map, as it is where smoothing does not reach its cut.
+        voxels[2].clamp_(min=head.lowest + 2 * width / head.spacing[2])
         low = voxels.flatten(1).amin(1).floor().long().tolist()
         high = voxels.flatten(1).amax(1).ceil().long().tolist()
         crop = tuple(
             slice(min(max(a, 0), n - 2), min(max(b, 1), n - 1) + 1)
             for a, b, n in zip(low, high, head.tissue.shape, strict=True)
         )
-        # A voxel's width of smoothing takes the steps out of the label map's surfaces.
-        volume = smooth(table[:, head.tissue[crop].long()], (1.0, 1.0, 1.0), 1.0)
+        # It takes the steps out of the label map's surfaces, and gives wide voxels their share.
+        volume = smooth(table[:, head.tissue[crop].long()], head.spacing, width)
         first = torch.tensor([s.start for s in crop], device=device)
         maps[:, part] = sample(volume, voxels - first.reshape(3, 1, 1, 1))
     return maps, depth

@@ -108,6 +108,12 @@ class HeadMap:
     ventricle: Array
 
     @cached_property
+    def spacing(self) -> tuple[float, float, float]:
+        """Return the voxel size of ``tissue``, mm."""
+        x, y, z = np.linalg.norm(np.linalg.inv(self.to_voxel)[:3, :3], axis=0).tolist()
+        return x, y, z
+
+    @cached_property
     def lowest(self) -> int:
         """Return the lowest slice that holds head: below it, the neck goes on as it ends."""
         air = self.tissues.index("air")

@@ -41,6 +41,8 @@ def made_up_labels() -> tuple[np.ndarray, np.ndarray]:
         o + spacing * i for o, i in zip(affine[:3, 3], np.indices(shape, np.float32), strict=True)
     ]
     labels = np.zeros(shape, np.uint8)
+    neck = (points[0] ** 2 + points[1] ** 2 < 40**2) & (points[2] < -20)
+    labels[neck & (points[2] > -68)] = 1
     for index, radii in ((1, (66, 78, 66)), (2, (60, 72, 60)), (3, (56, 68, 56))):
         labels[ball(points, (0, 0, 0), radii)] = index
     labels[ball(points, (0, 0, 0), (53, 65, 53))] = 4
