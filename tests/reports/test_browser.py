@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,10 @@ def complaints(driver: Chrome) -> list[str]:
 
 
 def visible_rows(driver: Chrome, table: str = "rows") -> list[list[str]]:
-    script = "return [...document.querySelectorAll(arguments[0])].map(r=>[...r.cells].map(c=>c.textContent))"
+    script = (
+        "return [...document.querySelectorAll(arguments[0])]"
+        ".map(r=>[...r.cells].map(c=>c.textContent))"
+    )
     return list(driver.execute_script(script, f"#{table} tbody tr"))
 
 
@@ -265,7 +269,8 @@ def test_text_has_contrast_and_everything_has_a_name(
     )
     assert poor == []
     nameless = driver.execute_script(
-        "return [...document.querySelectorAll('input,select,button,img,canvas[role],[role=region]')]"
+        "return [...document"
+        ".querySelectorAll('input,select,button,img,canvas[role],[role=region]')]"
         ".filter(e=>!(e.labels&&e.labels.length)&&!e.textContent.trim()&&!e.getAttribute('alt')"
         "&&!e.getAttribute('aria-label')&&!e.hidden&&e.getClientRects().length"
         "&&(e.tagName!=='CANVAS'||e.width!==300)).map(e=>e.outerHTML.slice(0,90))"
@@ -278,7 +283,7 @@ def test_text_has_contrast_and_everything_has_a_name(
         "return [...document.querySelectorAll('h1,h2,h3,h4')].map(e=>Number(e.tagName[1]))"
     )
     assert levels[0] == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     ids = driver.execute_script("return [...document.querySelectorAll('[id]')].map(e=>e.id)")
     assert len(ids) == len(set(ids))
 
