@@ -62,8 +62,8 @@ TEST = ("1002", "1005", "1008", "1011", "1014", "1018")
 REMAPPED = ((0.0, 0.25, 0.5, 0.7, 0.85, 1.0), (0.1, 0.2, 0.95, 0.6, 0.35, 0.3))
 """Intensities of T1 and what becomes of them: no order is kept, grey matter is the brightest."""
 
-SMOOTHNESS = {True: 1.0, False: 0.03}
-"""Weight of the smoothness with features (distances of unit vectors, up to 4) and without."""
+SMOOTHNESS = 0.5
+"""Weight of the smoothness in the loss of the registration."""
 
 AXES = ("task", "features", "tau_channels", "contrast", "seed")
 CPU = torch.device("cpu")
@@ -266,11 +266,9 @@ def registration(
         moving, fixed = (seen(front, varied(known, 4, generator)[0]) for _ in range(2))
         return moving, fixed, fixed
 
-    smoothness = SMOOTHNESS[channels > 1]
-
     def loss(outputs: list[Tensor], fixed: Tensor) -> Tensor:
         moved, displacement = outputs
-        return registration_loss(moved, fixed, displacement, smoothness)
+        return registration_loss(moved, fixed, displacement, SMOOTHNESS)
 
     torch.manual_seed(seed)
     schedule = Schedule(1500, learning_rate=1e-3, weight_decay=1e-4, average=0.99)

@@ -129,9 +129,16 @@ def roughness(displacement: Tensor) -> Tensor:
 
 
 def registration_loss(
-    moved: Tensor, fixed: Tensor, displacement: Tensor, smoothness: float
+    moved: Tensor,
+    fixed: Tensor,
+    displacement: Tensor,
+    smoothness: float,
+    scales: Sequence[int] = (1, 2, 4, 8),
 ) -> Tensor:
-    """Return the mean squared distance of two images, plus the weighted :func:`roughness`.
+    """Return the distance of two images at several scales, plus the weighted :func:`roughness`.
+
+    Fine channels alone are blind to shifts larger than their detail; their averages over squares
+    are not.
 
     Parameters
     ----------
@@ -139,9 +146,28 @@ def registration_loss(
     displacement : (B, dimensions, *shape) tensor
     smoothness
         Weight of the roughness.
+    scales
+        Sides of the squares or cubes, in pixels. The mean over the scales is taken of the squared
+        distance over the variance of the fixed image.
+
+    Examples
+    --------
+    >>> fixed = torch.rand(1, 2, 16, 16)
+    >>> none = torch.zeros(1, 2, 16, 16)
+    >>> float(registration_loss(fixed, fixed, none, 1.0))
+    0.0
     """
-    distance = (moved - fixed.float()).square().sum(1).mean()
-    return distance + smoothness * roughness(displacement)
+    pool = F.avg_pool2d if displacement.shape[1] == 2 else F.avg_pool3d
+    space = tuple(range(2, fixed.ndim))
+    fixed = fixed.float()
+    varying = fixed - fixed.mean(space, keepdim=True)
+    distances = [
+        pool(moved - fixed, side).square().mean()
+        / pool(varying, side).square().mean().clamp(min=1e-8)
+        for side in scales
+        if side <= min(fixed.shape[2:])
+    ]
+    return torch.stack(distances).mean() + smoothness * roughness(displacement)
 
 
 def folded_share(displacement: Tensor) -> Tensor:

@@ -44,6 +44,30 @@ def test_roughness_counts_bends_and_not_shifts():
     assert roughness(stretch) == pytest.approx(0.25)
 
 
+def test_a_shift_beyond_the_detail_still_costs_less_than_a_larger_one():
+    torch.manual_seed(0)
+    wide = torch.nn.functional.avg_pool2d(torch.rand(1, 1, 71, 71), 8, 1)
+    fixed = wide + 0.3 * torch.rand(1, 1, 64, 64)
+    none = torch.zeros(1, 2, 64, 64)
+
+    def loss(shift: int, scales: tuple[int, ...]) -> float:
+        moved = fixed.roll(shift, 3)[..., 12:]
+        return float(registration_loss(moved, fixed[..., 12:], none[..., 12:], 0.0, scales))
+
+    fine = loss(8, (1,)) - loss(4, (1,))
+    coarse = loss(8, (1, 2, 4, 8)) - loss(4, (1, 2, 4, 8))
+    assert coarse > 2 * fine
+    assert coarse > 0.05
+
+
+def test_loss_knows_no_scale_of_intensity():
+    torch.manual_seed(0)
+    moved, fixed = torch.rand(2, 1, 3, 16, 16)
+    none = torch.zeros(1, 2, 16, 16)
+    once = registration_loss(moved, fixed, none, 1.0)
+    assert float(registration_loss(9 * moved, 9 * fixed, none, 1.0)) == pytest.approx(float(once))
+
+
 def test_folds_are_found_where_they_are():
     displacement = torch.zeros(2, 2, 11, 11)
     displacement[1, 1, :, 5] = 3
