@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from fdl_bidsapp.bids.inputs import Scan, Source
 from fdl_bidsapp.bids.outputs import map_sidecar
 from fdl_bidsapp.errors import FdlError, ImageError
 from fdl_bidsapp.imaging.grid import load_image, resample, same_grid
-from fdl_bidsapp.imaging.reconstruction import INVERSIONS, RawEchoes, Reconstruction, reconstruct
+from fdl_bidsapp.imaging.reconstruction import (
+    INVERSIONS,
+    Inversion,
+    RawEchoes,
+    Reconstruction,
+    reconstruct,
+)
 from fdl_bidsapp.imaging.relaxometry import (
     mean_magnitude,
     r2star_from_t2star,
@@ -73,6 +80,29 @@ class MadeMaps:
 def needs_making(scan: Scan) -> bool:
     """Tell whether some contrast of a scan has to be made from raw echoes."""
     return any(source.derivation in FROM_ECHOES for source in scan.sources)
+
+
+@cache
+def recon_identity(recon: str) -> str:
+    """Return what a result depends on of ``--recon``: its name, or the hash of a network.
+
+    Raises
+    ------
+    InputMissingError, ModelError, StorageError
+        The network's file is not there, or is no network that reconstructs susceptibility.
+
+    Examples
+    --------
+    >>> recon_identity("auto")
+    'tv'
+    """
+    if recon in ("never", *INVERSIONS):
+        return recon
+    if recon == "auto":
+        return DEFAULT_INVERSION
+    from fdl_bidsapp.models.bundle import load_volume
+
+    return load_volume(recon, "susceptibility").sha256
 
 
 def make_maps(
@@ -203,9 +233,39 @@ def _reconstruct(
         source.phase_unit,
     )
     brain = _brain(scan.brain_mask, reference, notes)
-    inversion = DEFAULT_INVERSION if recon == "auto" else recon
-    assert inversion in INVERSIONS
-    return reconstruct(echoes, inversion, brain=brain, threads=threads, device=device)
+    how: dict[str, Any] = {"brain": brain, "threads": threads, "device": device}
+    if recon in ("auto", *INVERSIONS):
+        return reconstruct(echoes, DEFAULT_INVERSION if recon == "auto" else recon, **how)
+    invert, description = network_inversion(recon, device)
+    made = reconstruct(echoes, invert, **how)
+    return replace(made, parameters={**made.parameters, "DipoleInversion": description})
+
+
+def network_inversion(model: str, device: str = "cpu") -> tuple[Inversion, str]:
+    """Make an inversion of a reconstruction network, and say which one it is.
+
+    Parameters
+    ----------
+    model
+        Name of a shipped network, or a model file.
+    device
+        ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    InputMissingError, ModelError, StorageError
+        As :func:`fdl_bidsapp.models.bundle.load_volume`.
+    """
+    from fdl_bidsapp.models.bundle import load_volume
+    from fdl_bidsapp.models.pedqnet import predict_susceptibility
+
+    bundle = load_volume(model, "susceptibility")
+    network = bundle.network(device)
+
+    def invert(local: Array, mask: Array, *_: object) -> Array:
+        return predict_susceptibility(network, local, mask, bundle.spec.patch, device)
+
+    return invert, f"network {bundle.spec.name}, SHA-256 {bundle.sha256}"
 
 
 def _load_series(paths: Sequence[Path], notes: list[str]) -> tuple[nib.Nifti1Image, Array]:

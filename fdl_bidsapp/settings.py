@@ -17,7 +17,7 @@ CONTRASTS = ("qsm", "r2star", "imag", "swi")
 TARGETS = ("auto", *CONTRASTS)
 DEVICES = ("auto", "cpu", "cuda")
 PAPER_MEASURES = ("volume", "qsm_mean", "r2star_mean")
-RECONSTRUCTIONS = ("auto", "never", "tv", "tikhonov", "tkd", "ndi")
+RECONSTRUCTIONS = ("auto", "never", "tv", "tikhonov", "tkd", "ndi", "pedqnet")
 SPACES = ("MNI152NLin2009aSym",)
 
 _NAMED = re.compile(r"([A-Za-z0-9]+)=(.+)", re.DOTALL)
@@ -55,7 +55,8 @@ class Settings:
         Whether to read folders that have no ``dataset_description.json`` all the same.
     recon
         How susceptibility and SWI are made from raw echoes where a scan has no map of them:
-        ``auto`` (total variation), ``never`` or the name of a dipole inversion.
+        ``auto`` (total variation), ``never``, the name of a dipole inversion, or a reconstruction
+        network: ``pedqnet`` or a model file.
     target
         Contrast to segment; ``auto`` takes the best one a scan has.
     model

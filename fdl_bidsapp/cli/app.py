@@ -148,9 +148,12 @@ def run_participant(settings: Settings) -> int:
     for note in discovery.notes:
         _say(f"Note: {note}")
 
+    from fdl_bidsapp.making import recon_identity
     from fdl_bidsapp.models.bundle import load_bundle
 
     bundle = load_bundle(settings.model)
+    # A file that is no such network is told before anything is done.
+    recon_identity(settings.recon)
     if settings.dry_run:
         _tell_plan(settings, discovery, bundle)
         return 0
@@ -330,9 +333,11 @@ def _work_folder(settings: Settings) -> Iterator[Path]:
 
 
 def _result_options(settings: Settings, bundle: Bundle) -> dict[str, object]:
+    from fdl_bidsapp.making import recon_identity
+
     options: dict[str, object] = {
         "model": bundle.sha256,
-        "recon": settings.recon,
+        "recon": recon_identity(settings.recon),
         "target": settings.target,
         "flips": settings.flips,
         "probabilities": settings.save_probabilities,

@@ -153,10 +153,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Maps from raw echoes")
     group.add_argument(
         "--recon",
-        choices=RECONSTRUCTIONS,
+        type=_recon,
+        metavar="METHOD|FILE",
         help="how to make QSM and SWI from magnitude and phase where a scan has no map of them: "
         "'auto' by total variation, 'never' not at all, or by one of tv (total variation), "
-        "tikhonov, tkd (thresholded division), ndi (non-linear)" + _default("recon"),
+        "tikhonov, tkd (thresholded division), ndi (non-linear), pedqnet (a network), or a model "
+        "file of 'fdl train --recipe pedqnet'" + _default("recon"),
     )
 
     group = parser.add_argument_group("Segmentation")
@@ -426,6 +428,13 @@ def _path(text: str) -> Path:
 def _model(text: str) -> str:
     # The steps of the workflow run in folders of their own, so a path must not be relative.
     return str(_path(text)) if "/" in text or text.endswith(".safetensors") else text
+
+
+def _recon(text: str) -> str:
+    if text not in RECONSTRUCTIONS and not text.endswith(".safetensors"):
+        known = ", ".join(RECONSTRUCTIONS)
+        raise argparse.ArgumentTypeError(f"'{text}' is none of {known}, nor a .safetensors file")
+    return text if text in RECONSTRUCTIONS else str(_path(text))
 
 
 def _label(prefix: str) -> Callable[[str], str]:

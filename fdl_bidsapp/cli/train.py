@@ -43,7 +43,8 @@ def add_commands(commands: Any) -> None:
     train.add_argument(
         "--recipe",
         metavar="NAME",
-        help="paper or strong; cifl trains contrast-invariant features, without labelled scans",
+        help="paper or strong; without labelled scans: cifl trains contrast-invariant features,"
+        " pedqnet a reconstruction of QSM, brainmask a brain mask",
     )
     train.add_argument("--steps", type=int, metavar="N")
     train.add_argument("--n-train", type=int, metavar="N", help="use the first N training cases")
@@ -98,6 +99,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from fdl_bidsapp.training.cifl import fit_features, make_feature_settings
     from fdl_bidsapp.training.fit import fit, make_settings, read_toml
+    from fdl_bidsapp.training.pedqnet import RECIPES, fit_volume, make_volume_settings
 
     values = {**(read_toml(options.config) if options.config else {}), **_given(options)}
     if options.steps is not None:
@@ -107,6 +109,8 @@ def _train(options: argparse.Namespace) -> int:
     how = {"device": options.device, "max_minutes": options.max_minutes}
     if values.get("recipe") == "cifl":
         print(fit_features(make_feature_settings(values), options.output, **how))
+    elif values.get("recipe") in RECIPES:
+        print(fit_volume(make_volume_settings(values), options.output, **how))
     else:
         print(fit(make_settings(values), options.output, **how))
     return 0

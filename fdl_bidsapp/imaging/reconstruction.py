@@ -12,7 +12,7 @@ import scipy.fft
 from fdl_bidsapp.errors import DataError
 from fdl_bidsapp.imaging.relaxometry import r2star_loglinear
 from fdl_bidsapp.physics import GAMMA_BAR
-from fdl_bidsapp.physics.background import LARGEST_RADIUS, v_sharp
+from fdl_bidsapp.physics.background import LARGEST_RADIUS, SMALLEST_RADIUS, v_sharp
 from fdl_bidsapp.physics.convention import phase_to_radians, sign_of_field
 from fdl_bidsapp.physics.dipole import field_direction
 from fdl_bidsapp.physics.inversion import thresholded_division, tikhonov
@@ -163,7 +163,7 @@ def _reconstruct(
     local, total = sign * local, sign * total
 
     radians_per_ppm = 2 * np.pi * GAMMA_BAR * echoes.field_strength * float(times.mean())
-    invert = inversion if callable(inversion) else _inversion(inversion, device)
+    invert = inversion if callable(inversion) else named_inversion(inversion, device)
     chi = invert(local, inside, spacing, direction, weight, radians_per_ppm)
     chi = np.where(inside, chi - chi[inside].mean(), 0).astype(np.float32)
 
@@ -177,7 +177,7 @@ def _reconstruct(
         "PhaseSign": sign,
         "BrainMask": "found in the magnitude" if given is None else "given",
         "Unwrapping": "path-based in space, then along the echoes",
-        "BackgroundRemoval": f"V-SHARP, radii to {LARGEST_RADIUS:g} mm",
+        "BackgroundRemoval": f"V-SHARP, radii from {SMALLEST_RADIUS:g} to {LARGEST_RADIUS:g} mm",
         "DipoleInversion": INVERSIONS[inversion] if isinstance(inversion, str) else "network",
         "SusceptibilityReference": "mean over the mask",
         "SWIEchoTime": float(times[late]),
@@ -187,7 +187,17 @@ def _reconstruct(
     return Reconstruction(maps, inside, total, local, parameters, tuple(notes))
 
 
-def _inversion(name: str, device: str) -> Inversion:
+def named_inversion(name: str, device: str = "cpu") -> Inversion:
+    """Return one of :data:`INVERSIONS` in the form that :func:`reconstruct` uses.
+
+    Parameters
+    ----------
+    name
+        A key of :data:`INVERSIONS`.
+    device
+        ``cpu`` or ``cuda``, for the iterative ones.
+    """
+
     def invert(
         local: Array,
         mask: Array,

@@ -28,6 +28,7 @@ from fdl_bidsapp.labels import Label
 from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec
 from fdl_bidsapp.models.fdl import CONTRASTS, FusionNetwork, ModelSpec, build_network
 from fdl_bidsapp.models.fourier import window_halfwidths
+from fdl_bidsapp.models.pedqnet import VolumeNetwork, VolumeSpec
 
 DEFAULT_MODEL = "default"
 FORMAT_VERSION = 1
@@ -38,7 +39,7 @@ MAX_FILE = 2**30
 """Largest model file in bytes."""
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
 NETWORK, BANK = "network.", "bank."
-Spec = TypeVar("Spec", ModelSpec, FeatureSpec)
+Spec = TypeVar("Spec", ModelSpec, FeatureSpec, VolumeSpec)
 COPY_AGAIN = "download or copy the model file again"
 
 
@@ -89,6 +90,23 @@ class FeatureBundle:
     def network(self, device: torch.device | str = "cpu") -> FeatureNetwork:
         """Build the network with these weights, for evaluation, on a device."""
         network = FeatureNetwork(self.spec)
+        network.load_state_dict(self.state)
+        return network.to(device).eval()
+
+
+@dataclass(frozen=True)
+class VolumeBundle:
+    """A network from volume to volume as loaded; attributes as in :class:`Bundle`."""
+
+    spec: VolumeSpec
+    state: dict[str, Tensor]
+    sha256: str
+    app_version: str
+    path: Path
+
+    def network(self, device: torch.device | str = "cpu") -> VolumeNetwork:
+        """Build the network with these weights, for evaluation, on a device."""
+        network = VolumeNetwork(self.spec)
         network.load_state_dict(self.state)
         return network.to(device).eval()
 
@@ -164,6 +182,18 @@ def save_features(
     return _save(path, stored, content)
 
 
+def save_volume(
+    path: str | PathLike[str], network: VolumeNetwork, spec: VolumeSpec, *, dtype: str = "float32"
+) -> str:
+    """Write a network from volume to volume to one file; see :func:`save_bundle`."""
+    path = Path(path)
+    tensors = {NETWORK + name: tensor for name, tensor in network.state_dict().items()}
+    stored = _stored(tensors, dtype)
+    content = {**_described(spec, path), "kind": "volume"}
+    _check_volume_tensors(stored, spec, path)
+    return _save(path, stored, content)
+
+
 def _stored(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     stored = {
         name: tensor.detach()
@@ -174,7 +204,7 @@ def _stored(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
-def _described(spec: ModelSpec | FeatureSpec, path: Path) -> dict[str, object]:
+def _described(spec: ModelSpec | FeatureSpec | VolumeSpec, path: Path) -> dict[str, object]:
     try:
         return {
             "format_version": FORMAT_VERSION,
@@ -236,6 +266,12 @@ def load_bundle(name_or_path: str | PathLike[str]) -> Bundle:
             "use it with fdl features, or with fdl train --features to train a model that segments",
             path=bundle.path,
         )
+    if isinstance(bundle, VolumeBundle):
+        raise ModelError(
+            f"this model's task is {bundle.spec.task}, and it segments no nuclei",
+            "give it as --recon if that is susceptibility",
+            path=bundle.path,
+        )
     return bundle
 
 
@@ -255,17 +291,43 @@ def load_features(name_or_path: str | PathLike[str]) -> FeatureBundle:
             "train some with fdl train --recipe cifl --output FILE, and give that file",
             path=error.path,
         ) from error
-    if isinstance(bundle, Bundle):
+    if not isinstance(bundle, FeatureBundle):
         raise ModelError(
-            "this model segments and has no features to give",
+            "this model has another task and has no features to give",
             "give a model trained with fdl train --recipe cifl",
             path=bundle.path,
         )
     return bundle
 
 
-def load_model(name_or_path: str | PathLike[str]) -> Bundle | FeatureBundle:
-    """Read a model of either kind and verify it; see :func:`load_bundle`."""
+def load_volume(name_or_path: str | PathLike[str], task: str) -> VolumeBundle:
+    """Read a network from volume to volume and verify it; see :func:`load_bundle`.
+
+    Parameters
+    ----------
+    name_or_path
+        As there.
+    task
+        ``susceptibility`` or ``brain``.
+
+    Raises
+    ------
+    InputMissingError, ModelError, StorageError
+        As there, or the file is a model of another task.
+    """
+    bundle = load_model(name_or_path)
+    if not isinstance(bundle, VolumeBundle) or bundle.spec.task != task:
+        recipe = {"susceptibility": "pedqnet", "brain": "brainmask"}[task]
+        raise ModelError(
+            f"this model's task is not {task}",
+            f"give a model trained with fdl train --recipe {recipe}",
+            path=bundle.path,
+        )
+    return bundle
+
+
+def load_model(name_or_path: str | PathLike[str]) -> Bundle | FeatureBundle | VolumeBundle:
+    """Read a model of any kind and verify it; see :func:`load_bundle`."""
     path = shipped_models().get(os.fspath(name_or_path), Path(name_or_path))
     content, tensors = _open(path)
     digest, version = str(content["sha256"]), str(content["app_version"])
@@ -274,6 +336,11 @@ def load_model(name_or_path: str | PathLike[str]) -> Bundle | FeatureBundle:
         _check_feature_tensors(tensors, features, path)
         weights = {name.removeprefix(NETWORK): tensor for name, tensor in tensors.items()}
         return FeatureBundle(features, weights, digest, version, path)
+    if content.get("kind") == "volume":
+        volume = _rebuilt(_volume_spec_from_json, content, path)
+        _check_volume_tensors(tensors, volume, path)
+        weights = {name.removeprefix(NETWORK): tensor for name, tensor in tensors.items()}
+        return VolumeBundle(volume, weights, digest, version, path)
     spec = _rebuilt(_spec_from_json, content, path)
     _check_tensors(tensors, spec, path)
     state: dict[str, Tensor] = {}
@@ -425,6 +492,12 @@ def _check_feature_tensors(tensors: Mapping[str, Tensor], spec: FeatureSpec, pat
     _compare(tensors, {NETWORK + name: tensor.shape for name, tensor in expected.items()}, path)
 
 
+def _check_volume_tensors(tensors: Mapping[str, Tensor], spec: VolumeSpec, path: Path) -> None:
+    with torch.device("meta"):
+        expected = VolumeNetwork(spec).state_dict()
+    _compare(tensors, {NETWORK + name: tensor.shape for name, tensor in expected.items()}, path)
+
+
 def _compare(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: Path) -> None:
     wrong = [
         name
@@ -500,7 +573,23 @@ def _feature_spec_from_json(value: object) -> FeatureSpec:
     )
 
 
-def _refuse_unknown(values: Mapping[str, Any], kind: type[ModelSpec] | type[FeatureSpec]) -> None:
+def _volume_spec_from_json(value: object) -> VolumeSpec:
+    values = dict(_typed(value, dict))
+    _refuse_unknown(values, VolumeSpec)
+    return VolumeSpec(
+        **{key: _typed(values[key], str) for key in ("name", "task", "backbone")},
+        backbone_options={
+            key: _typed(option, int, float, str, bool)
+            for key, option in _typed(values["backbone_options"], dict).items()
+        },
+        patch=_three(_typed(n, int) for n in _typed(values["patch"], list)),
+        provenance=_typed(values["provenance"], dict),
+    )
+
+
+def _refuse_unknown(
+    values: Mapping[str, Any], kind: type[ModelSpec] | type[FeatureSpec] | type[VolumeSpec]
+) -> None:
     unknown = values.keys() - {field.name for field in fields(kind)}
     if unknown:
         raise ValueError(f"unknown setting {min(unknown)!r}")

@@ -14,6 +14,10 @@ Array = np.ndarray
 LARGEST_RADIUS = 12.0
 """mm. Larger spheres keep more of the field's low frequencies and cost only time."""
 
+SMALLEST_RADIUS = 3.0
+"""mm. What smaller spheres add at the rim is so faulty near air that it spoils the deep regions
+too: on a simulated head at 1.5 mm, spheres down to one voxel raise the error there by a fifth."""
+
 
 def v_sharp(
     field: Array,
@@ -21,6 +25,7 @@ def v_sharp(
     spacing: Sequence[float],
     *,
     largest_radius: float = LARGEST_RADIUS,
+    smallest_radius: float = SMALLEST_RADIUS,
     threshold: float = 0.05,
 ) -> tuple[Array, Array]:
     """Remove the background field with the largest sphere that fits around each voxel (V-SHARP).
@@ -33,9 +38,9 @@ def v_sharp(
         Where the field is trusted.
     spacing
         Voxel size in mm.
-    largest_radius
-        Radius of the largest sphere, mm; the others follow in steps of the largest voxel side,
-        down to one voxel.
+    largest_radius, smallest_radius
+        Radii of the largest and the smallest sphere, mm; between them they fall in steps of the
+        largest voxel side. None is smaller than one voxel.
     threshold
         Truncation of the deconvolution with the largest sphere.
 
@@ -60,7 +65,8 @@ def v_sharp(
     high_passed = np.zeros(mask.shape, np.float32)
     done = np.zeros(mask.shape, bool)
     largest = None
-    for radius in np.arange(max(largest_radius, step), step * 0.999, -step):
+    smallest = max(smallest_radius, step)
+    for radius in np.arange(max(largest_radius, smallest), 0.999 * smallest, -step):
         sphere = _sphere_spectrum(shape, spacing, float(radius))
         largest = sphere if largest is None else largest
         count = scipy.fft.irfftn(mask_spectrum * sphere, s=shape)[box]

@@ -9,7 +9,7 @@ import scipy.ndimage as ndi
 
 Array = np.ndarray
 
-BRIDGES = (3.5, 5.0, 7.0, 9.0)
+BRIDGES = (3.5, 5.0, 7.0, 9.0, 12.0, 15.0)
 """mm: half the width of what may join brain and scalp (vessels, nerves, bone that is not dark at a
 short echo time); the least that parts the two is taken."""
 

@@ -56,7 +56,9 @@ def test_v_sharp_removes_a_harmonic_field():
 
 
 def test_v_sharp_keeps_only_voxels_around_which_a_sphere_fits():
-    _, inside = v_sharp(np.zeros(SHAPE, np.float32), MASK, SPACING, largest_radius=6)
+    _, inside = v_sharp(
+        np.zeros(SHAPE, np.float32), MASK, SPACING, largest_radius=6, smallest_radius=0
+    )
     depth = 24 - distance((0, 0, 0))
     assert inside[MASK & (depth > 4.5)].all()
     assert not inside[depth < 0.5].any()

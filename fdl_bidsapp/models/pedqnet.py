@@ -1,0 +1,310 @@
+"""PedQ-NET: networks that turn a local field into susceptibility, or a magnitude into a mask.
+
+The reconstruction is trained without susceptibility labels: what it gives is convolved with the
+dipole and compared with the field that it was given (:func:`model_loss`). Its convolutions are
+nnU-Net's plain ones: two of width three a level, instance normalisation, leaky ReLU, strided ones
+down and transposed ones up, and one linear channel at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdl_bidsapp.errors import ModelError
+from fdl_bidsapp.models.backbones import BACKBONES, Backbone
+from fdl_bidsapp.physics.dipole import dipole_kernel
+
+Array = np.ndarray
+
+TASKS = ("susceptibility", "brain")
+
+
+@dataclass(frozen=True)
+class VolumeSpec:
+    """Everything but the weights that is needed to run a network from volume to volume.
+
+    Attributes
+    ----------
+    name
+        Name of the network.
+    task
+        ``susceptibility``: local field in, susceptibility out, both in ppm. ``brain``: mean
+        magnitude in, probability of the brain out.
+    backbone, backbone_options
+        A name in :data:`fdl_bidsapp.models.backbones.BACKBONES`, and its options.
+    patch
+        Voxels along each axis that the network sees at once.
+    provenance
+        How the network came to be, JSON values.
+
+    Raises
+    ------
+    ModelError
+        A value is out of its range.
+    """
+
+    name: str
+    task: str = "susceptibility"
+    backbone: str = "unet"
+    backbone_options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+    patch: tuple[int, int, int] = (96, 96, 96)
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.isprintable():
+            raise ModelError(f"the network's name is {self.name!r}", "it has to be one line")
+        for what, value, known in (
+            ("task", self.task, TASKS),
+            ("backbone", self.backbone, tuple(BACKBONES)),
+        ):
+            if value not in known:
+                raise ModelError(
+                    f"the network's {what} is {value!r}", f"choose one of {', '.join(known)}"
+                )
+        if len(self.patch) != 3 or not all(type(n) is int and 16 <= n <= 512 for n in self.patch):
+            raise ModelError(
+                f"the network's patch is {self.patch!r}", "give three lengths from 16 to 512"
+            )
+
+
+class VolumeNetwork(nn.Module):
+    """A backbone and one linear channel.
+
+    Parameters
+    ----------
+    spec
+        What to build.
+
+    Examples
+    --------
+    >>> spec = VolumeSpec("example", backbone_options={"width": 4, "levels": 2})
+    >>> VolumeNetwork(spec)(torch.rand(1, 1, 16, 12, 10)).shape
+    torch.Size([1, 1, 16, 12, 10])
+    """
+
+    def __init__(self, spec: VolumeSpec) -> None:
+        super().__init__()
+        try:
+            self.backbone = BACKBONES[spec.backbone](1, **spec.backbone_options)
+            channels = cast(Backbone, self.backbone).feature_channels
+        except TypeError as error:
+            raise ModelError(
+                f"the backbone {spec.backbone} does not take its options ({error})",
+                "use the options of this backbone",
+            ) from error
+        self.last = nn.Conv3d(channels, 1, 1)
+        # Nothing known is no susceptibility.
+        nn.init.zeros_(self.last.weight)
+        assert self.last.bias is not None
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Take ``(B, 1, X, Y, Z)`` to ``(B, 1, X, Y, Z)``."""
+        channels: Tensor = self.last(cast(Backbone, self.backbone).features(image))
+        return channels
+
+
+def convolve_dipole(
+    susceptibility: Tensor, spacings: Sequence[Sequence[float]], directions: Tensor
+) -> Tensor:
+    """Convolve each map of a batch with the dipole of its own voxels and field direction.
+
+    Parameters
+    ----------
+    susceptibility : (B, 1, X, Y, Z) tensor
+        ppm.
+    spacings
+        Voxel size of each map in mm.
+    directions : (B, 3) tensor
+        Unit vectors of B0 in voxel axes.
+
+    Returns
+    -------
+    (B, 1, X, Y, Z) float32 tensor
+        Field in ppm. The grid is padded to twice its size, so that the dipole does not wrap.
+    """
+    shape = tuple(susceptibility.shape[-3:])
+    padded = tuple(2 * n for n in shape)
+    kernels = [
+        torch.from_numpy(dipole_kernel(padded, spacing, direction))
+        for spacing, direction in zip(spacings, directions.cpu().numpy(), strict=True)
+    ]
+    dipole = torch.stack(kernels)[:, None].to(susceptibility.device)
+    axes = (-3, -2, -1)
+    spectrum = torch.fft.rfftn(susceptibility.float(), s=padded, dim=axes) * dipole
+    return torch.fft.irfftn(spectrum, s=padded, dim=axes)[..., : shape[0], : shape[1], : shape[2]]
+
+
+def model_loss(modelled: Tensor, measured: Tensor, weight: Tensor) -> Tensor:
+    """Compare two phases on the circle: mean of W |exp(iφ) - exp(iφ')|.
+
+    Parameters
+    ----------
+    modelled, measured : (B, 1, X, Y, Z) tensors
+        Phase in radians: 2π γ̄ B0 TE times the field.
+    weight : (B, 1, X, Y, Z) tensor
+        Trust in each voxel, zero outside the mask; the mean is over the voxels above zero.
+
+    Examples
+    --------
+    >>> one = torch.ones(1, 1, 2, 2, 2)
+    >>> round(float(model_loss(0 * one, torch.pi * one, one)), 4)
+    2.0
+    """
+    # A chord, whose length needs no complex numbers.
+    chord = 2 * torch.sin((modelled - measured) / 2).abs()
+    return (weight * chord).sum() / (weight > 0).sum().clamp(min=1)
+
+
+def field_scale(local_field: Array, mask: Array) -> float:
+    """Return the root mean square of a field over its mask, ppm.
+
+    The network normalises its channels, so it cannot know how large its input was: fields are
+    divided by this before it, and susceptibility is multiplied by it after.
+    """
+    values = np.asarray(local_field)[mask]
+    return max(float(np.sqrt(np.mean(values**2))) if values.size else 0.0, 1e-6)
+
+
+@torch.inference_mode()
+def predict_volume(
+    network: nn.Module,
+    volume: Array,
+    patch: Sequence[int],
+    device: torch.device | str = "cpu",
+    *,
+    overlap: float = 0.5,
+    surround: bool = True,
+) -> Array:
+    """Run a network over a volume in overlapping windows, and blend them.
+
+    Parameters
+    ----------
+    network
+        In evaluation mode, on ``device``.
+    volume : (X, Y, Z) float array
+        What the network reads, in its unit.
+    patch
+        Size of the windows.
+    device
+        Where to compute.
+    overlap
+        Share of a window that the next one covers as well.
+    surround
+        Whether half a window of zeros is put around the volume: its border is then seen from the
+        middle of a window, and sources near it are not taken for their periodic copies.
+
+    Returns
+    -------
+    (X, Y, Z) float32 array
+    """
+    half = [n // 2 if surround else 0 for n in patch]
+    sizes = [max(s + 2 * h, n) for s, h, n in zip(volume.shape, half, patch, strict=True)]
+    data = torch.zeros(tuple(sizes))
+    inner = tuple(slice(h, h + s) for h, s in zip(half, volume.shape, strict=True))
+    data[inner] = torch.from_numpy(np.ascontiguousarray(volume, np.float32))
+    total, weights = torch.zeros(tuple(sizes)), torch.zeros(tuple(sizes))
+    window = _window(patch)
+    starts = [
+        _starts(size, n, max(1, round(n * (1 - overlap))))
+        for size, n in zip(sizes, patch, strict=True)
+    ]
+    for corner in product(*starts):
+        place = tuple(slice(s, s + n) for s, n in zip(corner, patch, strict=True))
+        if not data[place].any():
+            weights[place] += window
+            continue
+        output = network(data[place][None, None].to(device))[0, 0].float().cpu()
+        total[place] += window * output
+        weights[place] += window
+    return (total / weights)[inner].numpy()
+
+
+def _starts(size: int, window: int, step: int) -> list[int]:
+    last = size - window
+    return sorted({*range(0, last, step), last})
+
+
+def _window(patch: Sequence[int]) -> Tensor:
+    """Weights that fall from the middle of a window to its border."""
+    result = torch.ones(())
+    for axis, n in enumerate(patch):
+        ramp = torch.sin((torch.arange(n) + 0.5) * torch.pi / n) ** 2 + 1e-3
+        result = result * ramp.reshape([-1 if a == axis else 1 for a in range(3)])
+    return result
+
+
+def predict_susceptibility(
+    network: nn.Module,
+    local_field: Array,
+    mask: Array,
+    patch: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Array:
+    """Reconstruct susceptibility from a local field.
+
+    Parameters
+    ----------
+    network
+        Trained by ``fdl train --recipe pedqnet``.
+    local_field : (X, Y, Z) array
+        ppm.
+    mask : (X, Y, Z) bool array
+        Where the field is known.
+    patch, device
+        As for :func:`predict_volume`.
+
+    Returns
+    -------
+    (X, Y, Z) float32 array
+        ppm, zero outside the mask.
+    """
+    scale = field_scale(local_field, mask)
+    chi = predict_volume(network, np.where(mask, local_field / scale, 0), patch, device)
+    return np.where(mask, scale * chi, 0).astype(np.float32)
+
+
+def predict_brain(
+    network: nn.Module, magnitude: Array, patch: Sequence[int], device: torch.device | str = "cpu"
+) -> Array:
+    """Find the brain in a magnitude image, (X, Y, Z), as a bool array of the same grid."""
+    image = scaled_magnitude(magnitude)
+    logits = predict_volume(network, image, patch, device, surround=False)
+    return logits > 0
+
+
+def scaled_magnitude(magnitude: Array) -> Array:
+    """Bring a magnitude image to about 0 to 1, whatever its unit."""
+    high = float(np.percentile(magnitude, 99))
+    return np.clip(magnitude / (high or 1.0), 0, 2).astype(np.float32)
+
+
+def segmentation_loss(logits: Tensor, classes: Tensor) -> Tensor:
+    """Soft Dice plus cross-entropy; classes below 0 are not known and do not count.
+
+    Parameters
+    ----------
+    logits : (B, C, X, Y, Z) tensor
+        The background first.
+    classes : (B, X, Y, Z) integer tensor
+    """
+    known = classes >= 0
+    if not known.any():
+        return logits.sum() * 0
+    target = F.one_hot(classes.clamp(min=0).long(), logits.shape[1]).movedim(-1, 1).float()
+    counted = known[:, None].float()
+    probabilities = logits.float().softmax(1) * counted
+    target = target * counted
+    axes = (0, 2, 3, 4)
+    both = 2 * (probabilities * target).sum(axes)
+    dice = (both + 1) / (probabilities.sum(axes) + target.sum(axes) + 1)
+    entropy = F.cross_entropy(logits.float(), classes.long().clamp(min=-1), ignore_index=-1)
+    return 1 - dice[1:].mean() + entropy

@@ -1,0 +1,380 @@
+"""Training of PedQ-NET and of its brain mask: ``fdl train --recipe pedqnet`` and ``brainmask``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fdl_bidsapp.errors import UsageError
+from fdl_bidsapp.models.backbones import BACKBONES, Backbone
+from fdl_bidsapp.models.bundle import save_volume
+from fdl_bidsapp.models.inference import resolve_device
+from fdl_bidsapp.models.pedqnet import (
+    VolumeNetwork,
+    VolumeSpec,
+    convolve_dipole,
+    field_scale,
+    model_loss,
+    scaled_magnitude,
+    segmentation_loss,
+)
+from fdl_bidsapp.training.fields import SUBCORTICAL, FieldCase, draw_patch, simulate_field
+from fdl_bidsapp.training.fit import draw_training_curve, run_folder, with_values
+from fdl_bidsapp.training.loop import Schedule, train
+
+RECIPES = ("pedqnet", "brainmask")
+
+CLASSES = 1 + 2 * len(SUBCORTICAL)
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class VolumeRecipe:
+    """How to train.
+
+    Attributes
+    ----------
+    steps, batch
+        Length of the schedule, patches in a step.
+    learning_rate, weight_decay
+        Of AdamW, one cycle.
+    average
+        Decay of the moving average of the weights.
+    segmentation_weight
+        λ: weight of the segmentation's loss against the physical model's; 0 leaves the
+        segmentation network out.
+    segmentation_from
+        Share of the schedule after which the segmentation network joins in.
+    """
+
+    steps: int = 20000
+    batch: int = 2
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    average: float = 0.998
+    segmentation_weight: float = 0.1
+    segmentation_from: float = 0.7
+
+
+@dataclass(frozen=True)
+class VolumeSettings:
+    """What to train, under the names of the TOML file.
+
+    Attributes
+    ----------
+    name, backbone, backbone_options, grid_shape
+        As in :class:`fdl_bidsapp.models.pedqnet.VolumeSpec`, whose ``patch`` the grid is.
+    segmenter, segmenter_options
+        Backbone of the network that segments what is reconstructed.
+    cases
+        Simulated heads to train on.
+    infants
+        Share of them that are infants' heads.
+    grid_spacing
+        Voxel size of the simulated heads in mm; 1 mm for adults and 0.78 × 0.78 × 2 mm for infants
+        if empty.
+    recipe
+        ``pedqnet`` or ``brainmask``.
+    recipe_options
+        Fields of :class:`VolumeRecipe`.
+    seed
+        Of the first weights, the heads and the patches.
+    """
+
+    name: str = "pedqnet"
+    backbone: str = "unet"
+    backbone_options: Mapping[str, Any] = field(default_factory=lambda: {"width": 24, "levels": 5})
+    grid_shape: tuple[int, ...] = (96, 96, 96)
+    segmenter: str = "unetr"
+    segmenter_options: Mapping[str, Any] = field(default_factory=dict)
+    cases: int = 24
+    infants: float = 0.5
+    grid_spacing: tuple[float, ...] = ()
+    recipe: str = "pedqnet"
+    recipe_options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+class PhysicsTraining(nn.Module):
+    """Reconstruction and segmentation as the training loop calls a network.
+
+    Parameters
+    ----------
+    reconstruction
+        Field in, susceptibility out.
+    segmenter
+        Susceptibility in, structures out; ``None`` to train by physics alone.
+    """
+
+    def __init__(self, reconstruction: VolumeNetwork, segmenter: nn.Module | None) -> None:
+        super().__init__()
+        self.reconstruction = reconstruction
+        self.segmenter = segmenter
+
+    def forward(self, image: Tensor, others: list[Tensor]) -> list[Tensor]:
+        """Return the modelled phase and, where it takes part, the segmentation's logits.
+
+        Parameters
+        ----------
+        image : (B, 1, X, Y, Z) tensor
+            Local field over its scale.
+        others
+            Mask like the image; then (B, 8): scale in ppm, radians per ppm, field direction,
+            voxel size in mm; then whether to segment, (1,).
+        """
+        mask, about, segment = others
+        chi = self.reconstruction(image) * mask
+        scale, turn = about[:, 0], about[:, 1]
+        spacings = about[:, 5:8].double().cpu().tolist()
+        with torch.autocast(image.device.type, enabled=False):
+            field_ = convolve_dipole(chi, spacings, about[:, 2:5])
+            phase = field_ * (scale * turn)[:, None, None, None, None]
+        if self.segmenter is None or not bool(segment):
+            return [phase]
+        return [phase, self.segmenter(chi)]
+
+
+class Segmenter(nn.Module):
+    """A backbone with one channel for each structure and the background."""
+
+    def __init__(self, settings: VolumeSettings) -> None:
+        super().__init__()
+        options = dict(settings.segmenter_options)
+        if settings.segmenter == "unetr":
+            options.setdefault("grid", "x".join(map(str, settings.grid_shape)))
+        self.backbone = BACKBONES[settings.segmenter](1, **options)
+        self.last = nn.Conv3d(cast(Backbone, self.backbone).feature_channels, CLASSES, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Take ``(B, 1, X, Y, Z)`` to ``(B, classes, X, Y, Z)``."""
+        logits: Tensor = self.last(cast(Backbone, self.backbone).features(image))
+        return logits
+
+
+class MaskTraining(nn.Module):
+    """The brain mask as the training loop calls a network."""
+
+    def __init__(self, network: VolumeNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor, _: list[Tensor]) -> list[Tensor]:
+        """Return the logits of background and brain."""
+        logit = self.network(image)
+        return [torch.cat([torch.zeros_like(logit), logit], 1)]
+
+
+def make_volume_settings(values: Mapping[str, Any]) -> VolumeSettings:
+    """Make settings from the values of a TOML file and of flags.
+
+    Raises
+    ------
+    UsageError
+        An unknown setting, or a value of a wrong type or out of its range.
+
+    Examples
+    --------
+    >>> make_volume_settings({"recipe": "brainmask"}).backbone
+    'unetr'
+    """
+    default = VolumeSettings()
+    if values.get("recipe") == "brainmask":
+        default = replace(default, name="brainmask", backbone="unetr", backbone_options={})
+    settings = with_values(default, values)
+    if settings.backbone == "unetr" and "grid" not in settings.backbone_options:
+        grid = "x".join(map(str, settings.grid_shape))
+        settings = replace(settings, backbone_options={**settings.backbone_options, "grid": grid})
+    recipe = with_values(VolumeRecipe(), settings.recipe_options)
+    for what, value, good, wanted in (
+        ("recipe", settings.recipe, settings.recipe in RECIPES, " or ".join(RECIPES)),
+        ("number of cases", settings.cases, settings.cases >= 1, "a whole number from 1"),
+        ("share of infants", settings.infants, 0 <= settings.infants <= 1, "a share from 0 to 1"),
+        (
+            "spacing",
+            settings.grid_spacing,
+            len(settings.grid_spacing) in (0, 3),
+            "three lengths in mm",
+        ),
+        ("number of steps", recipe.steps, recipe.steps >= 1, "a whole number from 1"),
+        ("batch", recipe.batch, recipe.batch >= 1, "a whole number from 1"),
+    ):
+        if not good:
+            raise UsageError(f"the {what} is {value}", f"give {wanted}")
+    return settings
+
+
+def fit_volume(
+    settings: VolumeSettings,
+    output: Path,
+    *,
+    device: str = "auto",
+    max_minutes: float = float("inf"),
+    cases: Sequence[FieldCase] | None = None,
+) -> Path:
+    """Train a reconstruction or a brain mask, and write the model file.
+
+    Parameters
+    ----------
+    settings
+        What to train.
+    output
+        The model file, ``.safetensors``; checkpoint and log lie beside it in a folder of the same
+        name with ``.run``.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    max_minutes
+        The schedule is shortened to end within this time, all runs together.
+    cases
+        What to train on, instead of simulated heads.
+
+    Returns
+    -------
+    Path
+        The model file.
+
+    Raises
+    ------
+    FdlError
+        Whatever is wrong with the settings is told before the training starts.
+    """
+    recipe = with_values(VolumeRecipe(), settings.recipe_options)
+    spec = VolumeSpec(
+        settings.name,
+        {"pedqnet": "susceptibility", "brainmask": "brain"}[settings.recipe],
+        settings.backbone,
+        dict(settings.backbone_options),
+        cast(tuple[int, int, int], settings.grid_shape),
+    )
+    where = resolve_device(device)
+    folder = run_folder(output)
+    torch.manual_seed(settings.seed)
+    network = VolumeNetwork(spec)
+    physical = settings.recipe == "pedqnet"
+    whole: nn.Module
+    if physical:
+        joint = recipe.segmentation_weight > 0
+        whole = PhysicsTraining(network, Segmenter(settings) if joint else None)
+    else:
+        whole = MaskTraining(network)
+    data = list(cases) if cases is not None else simulate_cases(settings)
+    draw = FieldPatches(data, settings, recipe) if physical else MaskPatches(data, settings, recipe)
+
+    def loss(outputs: list[Tensor], targets: Tensor) -> Tensor:
+        if not physical:
+            return segmentation_loss(outputs[0], targets[:, 0])
+        total = model_loss(outputs[0].float(), targets[:, :1], targets[:, 1:2])
+        if len(outputs) > 1:
+            labels = targets[:, 2].round()
+            total = total + recipe.segmentation_weight * segmentation_loss(outputs[1], labels)
+        return total
+
+    schedule = Schedule(
+        recipe.steps,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        average=recipe.average,
+        max_minutes=max_minutes,
+    )
+    configuration = {key: value for key, value in asdict(settings).items() if key != "name"}
+    trained = train(whole, draw, loss, schedule, folder, where, configuration=configuration)
+    draw_training_curve(folder / "log.tsv", folder / "training.png")
+    provenance = {
+        "data": "simulated heads" if cases is None else "fields given",
+        **configuration,
+        "recipe_options": asdict(recipe),
+        "steps": trained.steps,
+        "trained_on": where.type,
+        "torch": str(torch.__version__),
+        "finished": time.strftime("%Y-%m-%d"),
+    }
+    best = trained.network
+    result = cast(PhysicsTraining, best).reconstruction if physical else best.network
+    save_volume(output, cast(VolumeNetwork, result), replace(spec, provenance=provenance))
+    return output
+
+
+def simulate_cases(settings: VolumeSettings) -> list[FieldCase]:
+    """Simulate the heads that settings ask for, infants first."""
+    infants = round(settings.cases * settings.infants)
+    spacing = settings.grid_spacing or None
+    return [
+        simulate_field([settings.seed, number], infant=number < infants, spacing=spacing)
+        for number in range(settings.cases)
+    ]
+
+
+class FieldPatches:
+    """Patches of local fields for :func:`fdl_bidsapp.training.loop.train`."""
+
+    def __init__(
+        self, cases: Sequence[FieldCase], settings: VolumeSettings, recipe: VolumeRecipe
+    ) -> None:
+        self.cases = cases
+        self.scales = [field_scale(case.local_field, case.mask) for case in cases]
+        self.settings, self.recipe = settings, recipe
+        # What sources beyond the patch do in it cannot be modelled; it is strongest at the border.
+        self.margin = [n // 12 for n in settings.grid_shape]
+
+    def __call__(self, step: int, progress: float) -> tuple[Tensor, ...]:
+        """Return fields, targets (phase, weight, labels), masks, and what the model needs."""
+        rng = np.random.default_rng([self.settings.seed, 1, step])
+        images, targets, masks, about = [], [], [], []
+        for _ in range(self.recipe.batch):
+            number = int(rng.integers(len(self.cases)))
+            case, scale = self.cases[number], self.scales[number]
+            local, weight, labels, _ = draw_patch(case, self.settings.grid_shape, rng)
+            inner = np.zeros_like(weight)
+            place = tuple(slice(m, n - m) for m, n in zip(self.margin, inner.shape, strict=True))
+            inner[place] = weight[place]
+            images.append(local / scale)
+            masks.append(weight > 0)
+            targets.append(np.stack([case.radians_per_ppm * local, inner, labels]))
+            about.append([scale, case.radians_per_ppm, *case.direction, *case.spacing])
+        segment = progress >= self.recipe.segmentation_from
+        return (
+            _tensor(images)[:, None],
+            _tensor(targets),
+            _tensor(masks)[:, None],
+            _tensor(about),
+            torch.tensor([float(segment)]),
+        )
+
+
+class MaskPatches:
+    """Patches of magnitude images for :func:`fdl_bidsapp.training.loop.train`."""
+
+    def __init__(
+        self, cases: Sequence[FieldCase], settings: VolumeSettings, recipe: VolumeRecipe
+    ) -> None:
+        everywhere = [
+            replace(case, labels=case.mask.astype(np.uint8), mask=np.ones_like(case.mask))
+            for case in cases
+        ]
+        self.cases = [replace(c, magnitude=scaled_magnitude(c.magnitude)) for c in everywhere]
+        self.settings, self.recipe = settings, recipe
+
+    def __call__(self, step: int, progress: float) -> tuple[Tensor, ...]:
+        """Return magnitudes, noisy and unevenly bright, and brain masks."""
+        rng = np.random.default_rng([self.settings.seed, 2, step])
+        images, targets = [], []
+        for _ in range(self.recipe.batch):
+            case = self.cases[int(rng.integers(len(self.cases)))]
+            *_, labels, magnitude = draw_patch(case, self.settings.grid_shape, rng)
+            ramps = np.meshgrid(*(np.linspace(-1, 1, n) for n in magnitude.shape), indexing="ij")
+            uneven = np.exp(np.tensordot(rng.normal(0, 0.3, 3), np.stack(ramps), 1))
+            noise = rng.normal(0, rng.uniform(0.01, 0.08), (2, *magnitude.shape))
+            images.append(np.hypot(magnitude * uneven + noise[0], noise[1]))
+            targets.append(labels[None])
+        return _tensor(images)[:, None], _tensor(targets)
+
+
+def _tensor(arrays: Sequence[Any]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(a, np.float32) for a in arrays]))

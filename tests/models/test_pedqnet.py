@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fdl_bidsapp.errors import InputMissingError, ModelError
+from fdl_bidsapp.models.bundle import load_bundle, load_volume, save_volume
+from fdl_bidsapp.models.pedqnet import (
+    VolumeNetwork,
+    VolumeSpec,
+    convolve_dipole,
+    model_loss,
+    predict_susceptibility,
+    predict_volume,
+    segmentation_loss,
+)
+from fdl_bidsapp.physics.dipole import field_from_susceptibility
+
+SMALL = {"width": 4, "levels": 2}
+
+
+def test_the_dipole_is_that_of_each_volume():
+    rng = np.random.default_rng(0)
+    chi = rng.normal(0, 0.1, (2, 12, 10, 8)).astype(np.float32)
+    spacings = [(1.0, 1.0, 1.0), (0.8, 0.8, 2.0)]
+    directions = np.array([[0, 0, 1], [0, 0.6, 0.8]])
+    fields = convolve_dipole(torch.from_numpy(chi)[:, None], spacings, torch.from_numpy(directions))
+    for i in range(2):
+        expected = field_from_susceptibility(chi[i], spacings[i], directions[i])
+        np.testing.assert_allclose(fields[i, 0], expected, atol=1e-6)
+
+
+def test_the_loss_is_the_weighted_distance_on_the_circle():
+    rng = torch.Generator().manual_seed(0)
+    one, other = (6 * torch.rand(1, 1, 4, 4, 4, generator=rng) for _ in range(2))
+    weight = torch.rand(1, 1, 4, 4, 4, generator=rng)
+    weight[..., 0] = 0
+    expected = (weight * (torch.exp(1j * one) - torch.exp(1j * other)).abs()).sum() / 48
+    assert float(model_loss(one, other, weight)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(model_loss(one + 2 * torch.pi, one, weight)) == pytest.approx(0, abs=1e-5)
+
+
+def test_windows_blend_to_what_the_network_gives():
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    volume = np.random.default_rng(0).normal(size=(21, 17, 40)).astype(np.float32)
+    found = predict_volume(Double(), volume, (16, 16, 16))
+    np.testing.assert_allclose(found, 2 * volume, rtol=1e-4, atol=1e-5)
+
+
+def test_susceptibility_grows_with_the_field_and_is_zero_outside_the_mask():
+    torch.manual_seed(0)
+    network = VolumeNetwork(VolumeSpec("x", backbone_options=SMALL)).eval()
+    nn.init.normal_(network.last.weight)
+    field = np.random.default_rng(0).normal(0, 0.02, (20, 18, 16)).astype(np.float32)
+    mask = np.zeros(field.shape, bool)
+    mask[3:-3, 3:-3, 3:-3] = True
+    one = predict_susceptibility(network, field, mask, (16, 16, 16))
+    three = predict_susceptibility(network, 3 * field, mask, (16, 16, 16))
+    assert one[mask].std() > 0
+    assert not one[~mask].any()
+    np.testing.assert_allclose(three, 3 * one, rtol=1e-3, atol=1e-5)
+
+
+def test_segmentation_ignores_what_is_not_known():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3, 6, 6, 6)
+    classes = torch.randint(0, 3, (1, 6, 6, 6))
+    classes[..., :3] = -1
+    changed = logits.clone()
+    changed[..., :3] = 9.0
+    assert float(segmentation_loss(logits, classes)) == pytest.approx(
+        float(segmentation_loss(changed, classes))
+    )
+    assert float(segmentation_loss(logits, torch.full_like(classes, -1))) == 0
+    right = 20 * torch.nn.functional.one_hot(classes.clamp(min=0), 3).movedim(-1, 1).float()
+    assert float(segmentation_loss(right, classes)) < 0.01
+
+
+def test_a_model_file_gives_the_network_back(tmp_path):
+    torch.manual_seed(0)
+    spec = VolumeSpec("x", backbone_options=SMALL, patch=(16, 16, 16), provenance={"steps": 3})
+    network = VolumeNetwork(spec).eval()
+    nn.init.normal_(network.last.weight)
+    sha256 = save_volume(tmp_path / "x.safetensors", network, spec)
+    bundle = load_volume(tmp_path / "x.safetensors", "susceptibility")
+    assert bundle.spec == spec
+    assert bundle.sha256 == sha256
+    image = torch.rand(1, 1, 16, 16, 16)
+    torch.testing.assert_close(bundle.network()(image), network(image))
+
+
+def test_a_network_of_another_task_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    spec = VolumeSpec("x", "brain", backbone_options=SMALL)
+    save_volume(path, VolumeNetwork(spec), spec)
+    with pytest.raises(ModelError, match="task is not susceptibility"):
+        load_volume(path, "susceptibility")
+    with pytest.raises(ModelError, match="segments no nuclei"):
+        load_bundle(path)
+    with pytest.raises(ModelError, match="task is not susceptibility"):
+        load_volume("default", "susceptibility")
+    with pytest.raises(InputMissingError):
+        load_volume(tmp_path / "absent.safetensors", "brain")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": ""},
+        {"task": "colour"},
+        {"backbone": "none"},
+        {"patch": (8, 96, 96)},
+        {"patch": (96, 96)},
+    ],
+)
+def test_specifications_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ModelError):
+        VolumeSpec(**{"name": "x", **wrong})
