@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,18 +19,14 @@ def make_cohort(root: Path, scans: int) -> Path:
     words += ["--truth", root.with_name(f"{root.name}-truth")]
     subprocess.run([*toolbox, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
     (root / "participants.tsv").unlink(missing_ok=True)
-    heads = sorted(root.glob("sub-*"))
+    originals = [path for path in root.iterdir() if path.name.startswith("sub-")]
+    heads = sorted({path.parent for path in root.rglob("*_Chimap.nii.gz")})
     for number in range(scans):
-        head = heads[number % len(heads)]
         label = f"sub-c{number:05d}"
-        for path in sorted(head.rglob("*.*")):
-            if path.is_file():
-                link = root / label / path.relative_to(head)
-                link = link.with_name(link.name.replace(head.name, label, 1))
-                link.parent.mkdir(parents=True, exist_ok=True)
-                os.link(path, link)
-    for head in heads:
-        for path in sorted(head.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-        head.rmdir()
+        target = root / label / "anat"
+        target.mkdir(parents=True)
+        for path in heads[number % len(heads)].iterdir():
+            os.link(path, target / re.sub(r"^sub-[^_]+(_ses-[^_]+)?", label, path.name))
+    for folder in originals:
+        shutil.rmtree(folder)
     return root
