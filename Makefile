@@ -23,6 +23,7 @@ demo: $(READY)
 	@echo
 	@echo "The simulated dataset is in demo/bids, its true label maps in demo/truth."
 	@echo "Masks and tables: demo/out/sub-*/ ; the cohort: demo/out/group_morph.tsv"
+	@echo "To look at in a browser: demo/out/group_morph.html"
 
 test: $(READY) lint
 	$(BIN)/python -m pytest

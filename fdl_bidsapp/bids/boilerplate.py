@@ -113,7 +113,10 @@ Masks and measures of iron-rich deep nuclei, made by fdl-bidsapp.
 | `*_xfm.h5` | the transform to standard space |
 | `*_morph.tsv` | volume (mm³), QSM (ppm), R2* (1/s) and quality of each structure |
 | `*_morph.json` | what became of the scan, and the columns of its table |
+| `sub-*.html`, `figures` | the participants to look at, and to rate |
 | `group_morph.tsv` | the tables of all scans (group level) |
+| `group_morph.html` | the cohort to look at |
+| `group_summary.tsv` | description by group; `group_norms.tsv`: normal ranges by age |
 
 How to cite: `logs/CITATION.md`. Files in `.bidsignore` are beyond the BIDS specification.
 """

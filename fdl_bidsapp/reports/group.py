@@ -214,8 +214,8 @@ def _column(name: str, values: Sequence[Any], design: Design) -> Row:
     many = len(numbers) > min(MOST_GROUPS // 2, len(values) / 2)
     if name == design.age or (many and numbers and None not in numbers):
         shown = [None if value is None else _short(number(value)) for value in values]
-        whole = all(value is None or isinstance(value, int) for value in shown)
-        return {"key": name, "numbers": shown, "digits": 0 if whole else 2, "groups": False}
+        digits = max((len(str(value).partition(".")[2]) for value in shown if value), default=0)
+        return {"key": name, "numbers": shown, "digits": min(digits, 3), "groups": False}
     texts = [None if value is None else _cut(str(value)) for value in values]
     levels = sorted(
         {text for text in texts if text is not None},
