@@ -49,6 +49,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "derivatives": [str(folder), str(folder.parent)],
         "bids_database_dir": "database",
         "model": "default",
+        "recon": "tv",
         "nprocs": 4,
         "omp_nthreads": 2,
         "mem": "8G",
@@ -124,7 +125,7 @@ def test_choices_are_those_of_the_parser(name: str) -> None:
     choices = OPTIONS[name].get("value-choices", [])
     assert all(accepts(*words(name, choice)) for choice in choices)
     takes_any = accepts(*words(name, "nonsense"))
-    assert takes_any != bool(choices) or name in ("mem", "controls")
+    assert takes_any != bool(choices) or name in ("mem", "controls", "recon")
     if ACTIONS[name].choices is not None:
         assert choices == list(ACTIONS[name].choices or ())
 
