@@ -114,5 +114,7 @@ def sign_of_field(susceptibility: Array, r2star: Array, mask: Array) -> tuple[in
     R2* is highest they are what the brain holds, and both are paramagnetic.
     """
     fast = mask & (r2star > np.percentile(r2star[mask], 98))
+    if not fast.any():
+        return 1, 0.0
     contrast = float(susceptibility[fast].mean() - np.median(susceptibility[mask]))
     return (-1 if contrast < 0 else 1), contrast

@@ -74,3 +74,8 @@ def test_iron_tells_the_sign(sign):
     found, contrast = sign_of_field(chi, r2star, np.ones(chi.shape, bool))
     assert found == sign
     assert abs(contrast) == pytest.approx(0.1)
+
+
+def test_a_brain_without_contrast_gives_no_evidence():
+    flat = np.zeros((6, 6, 6))
+    assert sign_of_field(flat, flat, np.ones(flat.shape, bool)) == (1, 0.0)
