@@ -51,6 +51,7 @@ DERIVATIONS = {
     "inverse_t2star": "1 / T2*, from the T2* map",
     "echo_mean": "mean of the echoes' magnitudes, as there is no map",
     "echo_fit": "R2* fitted to the echoes' magnitudes, as there is no map",
+    "reconstruction": "made from magnitude and phase, as there is no map",
 }
 
 _SHOWN = (("volume", "Volume", "mm³"), ("qsm", "QSM", "ppm"), ("r2star", "R2*", "1/s"))

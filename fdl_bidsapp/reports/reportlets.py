@@ -559,6 +559,7 @@ def _registration(standard: StandardSpace, labels: Sequence[Label]) -> str:
             path = _path(_plane(marked, place, axis) == label.index, to_panel)
             if path:
                 colour = colours[label.structure]
+                outlines.append(f'<path d="{path}" stroke="#000" stroke-width="2.6"/>')
                 outlines.append(f'<path d="{path}" stroke="{colour}" stroke-width="1.2"/>')
         start, end = _ENDS[seen[0]]
         parts.append(_text(left + 4, OVERVIEW_HEIGHT / 2, start))

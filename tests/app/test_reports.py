@@ -45,6 +45,20 @@ def test_each_participant_gets_a_page_with_figures_or_the_reason(done) -> None:
     assert "Not segmented" in made["sub-02.html"].decode()
 
 
+def test_a_scan_whose_figures_cannot_be_drawn_keeps_its_masks(study, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no pen")
+
+    monkeypatch.setattr("fdl_bidsapp.reports.reportlets.draw_scan", fail)
+    study.add("01")
+    assert study.run() == 0
+    note = "the figures could not be drawn (ValueError: no pen)"
+    assert note in study.record("01")["Notes"]
+    text = pages(study)["sub-01.html"].decode()
+    assert note in text
+    assert "overlay figure is not in the output folder" in text
+
+
 def test_the_group_level_links_the_pages_and_the_dataset_stays_valid(done) -> None:
     assert done.run("group") == 0
     made = pages(done)

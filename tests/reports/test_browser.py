@@ -245,6 +245,26 @@ def test_outlines_turn_off_and_on(driver: Chrome, pages: Path) -> None:
         assert button.get_attribute("aria-pressed") == ("false" if hidden else "true")
 
 
+@pytest.mark.parametrize("name", ["group_morph.html", "sub-00.html"])
+def test_print_shows_the_content_and_not_the_controls(
+    driver: Chrome, pages: Path, name: str
+) -> None:
+    open_page(driver, pages / name)
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    seen = (
+        "return [...document.querySelectorAll(arguments[0])].filter(e=>e.getClientRects().length)"
+    )
+    try:
+        for controls in ("nav.bar", ".controls", "fieldset.rating", ".dock", ".pager"):
+            assert driver.execute_script(f"{seen}.length", controls) == 0
+        for content in ("h1", "table", "figure", "thead th"):
+            assert driver.execute_script(f"{seen}.length", content) > 0
+        heads = driver.execute_script(f"{seen}.map(e=>e.innerText.trim())", "thead th")
+        assert all(heads)
+    finally:
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
 @pytest.mark.parametrize("name", ["group_morph.html", "sub-00.html", "sub-59.html"])
 def test_text_has_contrast_and_everything_has_a_name(
     driver: Chrome, pages: Path, name: str

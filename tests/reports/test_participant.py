@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from fdl_bidsapp.bids.inputs import io_spec
 from fdl_bidsapp.cohort import RATINGS, collect
 from fdl_bidsapp.imaging.measure import COLUMNS
 from fdl_bidsapp.reports.participant import (
     ADVICE,
+    DERIVATIONS,
     write_cohort_participants,
     write_participants,
 )
@@ -94,6 +96,11 @@ def test_what_stood_in_for_what_is_said_with_units(output: Any) -> None:
     assert "QSM segmented ppm read from the map q:chi.nii" in words
     assert "the values were in ppb and were divided by 1000" in words
     assert "Not found: Magnitude, SWI." in words
+
+
+def test_every_way_to_a_contrast_has_words() -> None:
+    contrasts = io_spec()["inputs"]["contrasts"].values()
+    assert {one["derivation"] for ways in contrasts for one in ways} <= set(DERIVATIONS)
 
 
 def test_flags_are_told_in_words(output: Any) -> None:

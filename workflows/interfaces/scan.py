@@ -198,10 +198,17 @@ class DeliverScan(SimpleInterface):
                 images, segmentation, self.inputs.space, Path(runtime.cwd), self.inputs.seed
             )
         out, scan = Path(self.inputs.output_dir), self.inputs.scan
-        figures = {
-            (figure.desc, figure.label): figure.svg
-            for figure in draw_scan(images, segmentation, labels, standard)
-        }
+        try:
+            figures = {
+                (figure.desc, figure.label): figure.svg
+                for figure in draw_scan(images, segmentation, labels, standard)
+            }
+        except Exception as problem:
+            # A mask without its picture is still a mask.
+            figures = {}
+            told = " ".join(f"{type(problem).__name__}: {problem}".split())
+            note = f"the figures could not be drawn ({told})"
+            images = replace(images, notes=(*images.notes, note))
         write_scan(
             out,
             scan,
