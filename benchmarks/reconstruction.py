@@ -100,6 +100,7 @@ def measure(seed: int, spacing: float, methods: list[str], threads: int) -> Iter
     typical = float(np.median(weight[inner]))
     noise = np.clip(typical / np.maximum(weight, 1e-6), 0, 5) / (SNR * scale)
     noisy = np.where(inner, local + noise * rng.standard_normal(shape), 0).astype(np.float32)
+    common = None  # the mask of the first background method, the smallest
     with scipy.fft.set_workers(threads):
         for name in methods:
             invert = _method(name)
@@ -107,11 +108,13 @@ def measure(seed: int, spacing: float, methods: list[str], threads: int) -> Iter
             yield _row("isolated", name, found, chi, inner, times)
         for name, remove in (
             ("v_sharp", lambda: v_sharp(field, brain, size)),
+            ("v_sharp to one voxel", lambda: v_sharp(field, brain, size, smallest_radius=0)),
             ("pdf", lambda: project_onto_dipoles(field, brain, size, direction)),
         ):
             (found, inside), times = _timed(remove)
             truth = field_from_susceptibility(np.where(inside, chi, 0), size, direction)
-            yield _row("background", name, found, truth, inside, times)
+            common = inside if common is None else common
+            yield _row("background", name, found, truth, common, times)
     for name in methods:
         inversion = _method(name)
         made, times = _timed(lambda how=inversion: reconstruct(echoes, how, threads=threads))
