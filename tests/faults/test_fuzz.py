@@ -76,7 +76,8 @@ def images(draw: st.DrawFn) -> bytes:
             drawn = draw(value)
             if not isinstance(drawn, bytes) and values[name].dtype.kind in "iu":
                 limits = np.iinfo(values[name].dtype)
-                drawn = int(np.clip(np.nan_to_num(drawn), limits.min, limits.max))
+                number = 0 if np.isnan(drawn) else drawn
+                drawn = int(min(max(number, int(limits.min)), int(limits.max)))
             if size > 1:
                 values[name][place] = drawn
             else:
