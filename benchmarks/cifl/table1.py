@@ -217,8 +217,8 @@ class Segmenter(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.backbone = UNet(2, channels, width=16, levels=5)
-        self.head = nn.Conv2d(16, 1 + len(CLASSES), 1)
+        self.backbone = UNet(2, channels, width=12, levels=5)
+        self.head = nn.Conv2d(self.backbone.feature_channels, 1 + len(CLASSES), 1)
 
     def forward(self, x: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
         """Return the logits."""
@@ -233,14 +233,14 @@ def segmentation(
 
     def draw(step: int, _: float) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed * 2**32 + step)
-        image, classes = varied(known, 4, generator)
+        image, classes = varied(known, 2, generator)
         return seen(front, image), classes
 
     def loss(outputs: list[Tensor], classes: Tensor) -> Tensor:
         return dice_cross_entropy_loss(outputs[0][..., None], classes[..., None])
 
     torch.manual_seed(seed)
-    schedule = Schedule(800, learning_rate=3e-3, weight_decay=1e-2, average=0.99)
+    schedule = Schedule(800, learning_rate=5e-3, weight_decay=1e-2, average=0.98)
     network = Segmenter(channels).to(memory_format=torch.channels_last)
     trained = train(network, draw, loss, schedule, folder, CPU).network
     rows = []
@@ -263,7 +263,7 @@ def registration(
 
     def draw(step: int, _: float) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed * 2**32 + step)
-        moving, fixed = (seen(front, varied(known, 4, generator)[0]) for _ in range(2))
+        moving, fixed = (seen(front, varied(known, 2, generator)[0]) for _ in range(2))
         return moving, fixed, fixed
 
     def loss(outputs: list[Tensor], fixed: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def registration(
         return registration_loss(moved, fixed, displacement, SMOOTHNESS)
 
     torch.manual_seed(seed)
-    schedule = Schedule(1500, learning_rate=1e-3, weight_decay=1e-4, average=0.99)
+    schedule = Schedule(1500, learning_rate=2e-3, weight_decay=1e-4, average=0.99)
     network = RegistrationNetwork(2, channels, width=16, levels=4)
     trained = train(network, draw, loss, schedule, folder, CPU).network
     rows: list[dict[str, Any]] = []
@@ -373,7 +373,8 @@ def gathered(job: Job) -> list[dict[str, Any]]:
 def minutes(job: Job) -> float:
     """Return how long the features took to train."""
     log = job.folder / "features.run" / "log.tsv"
-    return float(log.read_text().splitlines()[-1].split("\t")[1]) if log.exists() else 0.0
+    rows = log.read_text().splitlines()[1:] if log.exists() else []
+    return float(rows[-1].split("\t")[1]) if rows else 0.0
 
 
 if __name__ == "__main__":

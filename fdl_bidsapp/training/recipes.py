@@ -104,7 +104,7 @@ FEATURE_RECIPE = FeatureRecipe(
     batch=4,
     tau_match=0.1,
     tau_total=0.1,
-    tau_channels=1.0,
+    tau_channels=0.1,
     centred=True,
     schedule=Schedule(4000, learning_rate=2e-3, weight_decay=1e-4, average=0.99),
 )

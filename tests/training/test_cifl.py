@@ -35,7 +35,7 @@ def test_training_makes_features_of_unseen_shapes_alike_in_two_contrasts(tmp_pat
     fit_features(settings(recipe_options=options), output, device="cpu")
     bundle = load_features(output)
     assert bundle.spec.provenance["steps"] == 120
-    assert bundle.spec.provenance["recipe_options"]["tau_channels"] == 1.0
+    assert bundle.spec.provenance["recipe_options"]["tau_channels"] == 0.1
     assert (tmp_path / "f.run" / "training.png").exists()
     torch.manual_seed(0)
     before = similarity(FeatureNetwork(bundle.spec))
