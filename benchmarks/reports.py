@@ -13,8 +13,10 @@ output folder of ``make demo``) and chromium installed, it makes the pictures of
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from machine import machine
+from PIL import Image
 
 from fdl_bidsapp.bids.outputs import write_json, write_tsv
 from fdl_bidsapp.cohort import collect, write_group
@@ -154,12 +157,17 @@ def apart(*words: object) -> dict[str, float]:
 
 def screenshots(demo: Path, folder: Path) -> None:
     """Take the pictures of the docs."""
-    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
+    browser_path, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (browser_path and driver_path):
+        raise SystemExit("needs chromium and chromium-driver")
     options = ChromeOptions()
+    # With both paths given, selenium looks for nothing in the network, and reports nothing.
+    options.binary_location = browser_path
     for word in ("--headless=new", "--no-sandbox", "--hide-scrollbars"):
         options.add_argument(word)
-    browser = Chrome(options=options)
+    browser = Chrome(options=options, service=ChromeService(driver_path))
 
     def take(page: Path, name: str, width: int, height: int, scroll: str) -> None:
         view = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -167,7 +175,8 @@ def screenshots(demo: Path, folder: Path) -> None:
         browser.get(page.absolute().as_uri())
         browser.execute_script(f"document.getElementById('{scroll}').scrollIntoView()")
         time.sleep(5)
-        browser.save_screenshot(str(folder / name))
+        picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+        picture.quantize(256).save(folder / name, optimize=True)
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as root:

@@ -38,6 +38,7 @@ pytestmark = [
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     """Give a browser whose downloads can be read."""
     options = ChromeOptions()
+    # With both paths given, selenium looks for nothing in the network, and reports nothing.
     options.binary_location = str(BROWSER)
     for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(word)
