@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +32,11 @@ from fdl_bidsapp.imaging.reconstruction import (
 )
 from fdl_bidsapp.making import network_inversion
 from fdl_bidsapp.physics import GAMMA_BAR
-from fdl_bidsapp.physics.background import v_sharp
+from fdl_bidsapp.physics.background import project_onto_dipoles, v_sharp
 from fdl_bidsapp.physics.dipole import (
-    dipole_kernel,
     field_direction,
     field_from_susceptibility,
     field_of_distant_sources,
-    padded_shape,
 )
 from fdl_bidsapp.physics.signal import add_noise, multi_echo_signal
 from fdl_bidsapp.simulation.contrast import susceptibility_map
@@ -119,46 +117,6 @@ def measure(seed: int, spacing: float, methods: list[str], threads: int) -> Iter
         inversion = _method(name)
         made, times = _timed(lambda how=inversion: reconstruct(echoes, how, threads=threads))
         yield _row("chain", name, made.maps["qsm"], chi, made.mask & brain, times)
-
-
-def project_onto_dipoles(
-    field: Array,
-    mask: Array,
-    spacing: Sequence[float],
-    direction: Array,
-    iterations: int = 100,
-) -> tuple[Array, Array]:
-    """Remove the background field as that of sources outside the mask, for comparison.
-
-    Liu, T. et al., NMR Biomed. 24 (2011) 1129-1136, by conjugate gradients. It is not in the
-    package, as it measures worse.
-    """
-    shape = padded_shape(mask.shape, 1.25)
-    box = tuple(slice(n) for n in mask.shape)
-    dipole = dipole_kernel(shape, spacing, direction)
-    trust = np.zeros(shape, np.float32)
-    trust[box] = mask
-    outside = np.ones(shape, np.float32)
-    outside[box] = ~mask
-
-    def convolve(x: Array) -> Array:
-        return scipy.fft.irfftn(scipy.fft.rfftn(x) * dipole, s=shape)
-
-    total = np.zeros(shape, np.float32)
-    total[box] = np.where(mask, field, 0)
-    sources = np.zeros(shape, np.float32)
-    residual = outside * convolve(trust**2 * total)
-    search = residual.copy()
-    power = float(np.vdot(residual, residual))
-    for _ in range(iterations):
-        mapped = outside * convolve(trust**2 * convolve(search))
-        rate = power / float(np.vdot(search, mapped))
-        sources += np.float32(rate) * search
-        residual -= np.float32(rate) * mapped
-        power, before = float(np.vdot(residual, residual)), power
-        search = residual + np.float32(power / before) * search
-    local = (total - convolve(sources))[box]
-    return np.where(mask, local, 0).astype(np.float32), mask
 
 
 def _method(name: str) -> Inversion:

@@ -220,13 +220,15 @@ def _effects(words: Sequence[str]) -> dict[str, float | int | str]:
 
 
 def _list_models(options: argparse.Namespace) -> int:
-    from fdl_bidsapp.models.bundle import Bundle, load_model, shipped_models
+    from fdl_bidsapp.models.bundle import Bundle, VolumeBundle, load_model, shipped_models
 
     for name, path in shipped_models().items():
         bundle = load_model(path)
         if isinstance(bundle, Bundle):
             structures = " ".join(label.abbreviation for label in bundle.spec.labels)
             what = f"{bundle.spec.method}\t{' '.join(bundle.spec.contrasts)}\t{structures}"
+        elif isinstance(bundle, VolumeBundle):
+            what = f"{bundle.spec.task}\t{bundle.spec.backbone}"
         else:
             what = f"features\t{bundle.spec.dimensions}-D\t{bundle.spec.channels} channels"
         print(f"{name}\t{what}\t{path.stat().st_size / 1e6:.1f} MB")
