@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,8 @@ def draw_gallery(path: Path, scans: Iterable[LabelMapScan], reach: float = 45.0)
     """
     from matplotlib.figure import Figure
 
-    rows = [reoriented(scan, "RAS") for scan in scans]
+    # Echoes are not shown, and take most of the memory.
+    rows = [reoriented(replace(scan, signal=None), "RAS") for scan in scans]
     columns = len(SHOWN) * len(LEVELS)
     figure = Figure(figsize=(2.0 * columns, 2.15 * len(rows) + 0.3), facecolor="black")
     axes = figure.subplots(len(rows), columns, squeeze=False)
