@@ -29,7 +29,7 @@ from fdl_bidsapp.bids.outputs import (
     write_tsv,
 )
 from fdl_bidsapp.errors import FdlError
-from fdl_bidsapp.imaging.grid import load_image, spacing_of
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.imaging.measure import COLUMNS, measure
 from fdl_bidsapp.labels import Label
 from fdl_bidsapp.making import MadeMap
@@ -171,7 +171,7 @@ def _write_scan(
     if standard is not None:
         _write_standard(out, scan, sources, standard)
     for made in maps:
-        image = load_image(made.path).image
+        image = nib.Nifti1Image.from_filename(made.path)
         path = output_path(out, scan.entities, made.kind, **made.entities)
         write_image(path, scanner_image(np.asanyarray(image.dataobj), image.affine))
         write_json(path.with_name(path.name.replace(".nii.gz", ".json")), made.sidecar)
