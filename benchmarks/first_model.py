@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=56)
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--steps", type=int, default=40000)
-    parser.add_argument("--locator-steps", type=int, default=1500)
+    parser.add_argument("--locator-steps", type=int, default=3500)
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--processes", type=int, default=2)
@@ -127,8 +127,8 @@ def specification(width: int) -> ModelSpec:
         "default-locator",
         method="none",
         backbone_options={"width": 8, "levels": 4},
-        grid_shape=(56, 56, 48),
-        grid_spacing=(3.0, 3.0, 3.0),
+        grid_shape=(40, 40, 32),
+        grid_spacing=(4.0, 4.0, 4.0),
         contrasts=tuple(CONTRASTS),
         labels=(region,),
     )
@@ -188,7 +188,7 @@ def train_locator(
         return regions.draw(np.random.default_rng([options.seed, 9, step]))
 
     def loss(outputs: list[torch.Tensor], classes: torch.Tensor) -> torch.Tensor:
-        return dice_cross_entropy_loss(outputs[0], classes)
+        return dice_cross_entropy_loss(outputs[0], classes, structure_weight=10.0)
 
     return train(
         build_network(spec.locator),

@@ -186,8 +186,8 @@ class SimulatedRegions:
         intensity: dict[str, str],
         contrasts: dict[str, float],
         *,
-        step: int = 3,
-        radius: float = 18.0,
+        step: int = 4,
+        radius: float = 20.0,
         severity: float = 1.0,
     ) -> None:
         self.severity = severity
@@ -217,7 +217,7 @@ class SimulatedRegions:
         scan = self.scans[int(rng.integers(len(self.scans)))]
         contrast = str(rng.choice(list(self.contrasts), p=list(self.contrasts.values())))
         whole = np.array(scan.shape[1:])
-        shares = np.where(rng.random(3) < 0.5, rng.uniform(0.45, 1, 3), rng.uniform(0.9, 1.15, 3))
+        shares = np.where(rng.random(3) < 0.5, rng.uniform(0.55, 1, 3), rng.uniform(0.9, 1.15, 3))
         a, b, c = (max(16, round(float(n))) for n in whole * shares)
         room = np.abs(whole - (a, b, c)) / 2
         centre = (whole - 1) / 2 + rng.uniform(-1, 1, 3) * room

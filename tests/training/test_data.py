@@ -219,7 +219,7 @@ def regions(tmp_path, n):
     labels = np.zeros(shape)
     labels[40:50, 40:60, 30:40] = 1
     x, y, z = np.ogrid[:90, :100, :84]
-    ball = (x - 44.5) ** 2 + (y - 49.5) ** 2 + (z - 34.5) ** 2 <= 18**2
+    ball = (x - 44.5) ** 2 + (y - 49.5) ** 2 + (z - 34.5) ** 2 <= 20**2
     files = saved(tmp_path, stack_of(ball.astype(float), labels))
     coarse = SimulatedRegions(files, INTENSITY, {"qsm": 1.0}, severity=0.0)
     return [coarse.draw(np.random.default_rng(seed)) for seed in range(n)]
