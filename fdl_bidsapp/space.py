@@ -9,7 +9,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fdl_bidsapp.errors import FdlError, StorageError
 
@@ -72,7 +72,7 @@ def space_needed(scan: Scan, target: str, spec: ModelSpec, probabilities: bool =
         chosen = choose_target([each.contrast for each in scan.sources], target, spec.contrasts)
         source = scan.get(chosen)
         assert source is not None
-        image = nib.load(source.paths[0])
+        image = cast("nib.Nifti1Image", nib.load(source.paths[0]))
         shape, _, _ = canvas_geometry(image, Grid(spec.grid_shape, spec.grid_spacing))
     except (FdlError, OSError, ValueError, nib.filebasedimages.ImageFileError):
         return Space(0, 0)

@@ -67,7 +67,8 @@ def segmentation() -> Segmentation:
 
 
 def names(out: Path) -> list[str]:
-    return sorted(path.name for path in out.rglob("*") if path.is_file())
+    found = (path.name for path in out.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != "lock")
 
 
 def record(out: Path, scan: Scan) -> dict[str, object]:

@@ -64,5 +64,6 @@ def test_runs_an_experiment(tmp_path, capsys):
     out = tmp_path / "results"
     assert toolbox.run(["experiment", str(config), "--output", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr()
-    assert printed.out.split() == [str(out / n) for n in ("cases.tsv", "results.tsv", "dice.png")]
+    names = ("cases.tsv", "results.tsv", "dice.png", "differences.tsv")
+    assert printed.out.split() == [str(out / name) for name in names]
     assert "method=early: done" in printed.err
