@@ -1,6 +1,7 @@
 """Headers and sidecars at random: an image or one clear error, and never a traceback.
 
-A hundred cases each; ``pytest tests/faults/test_fuzz.py --hypothesis-profile=long`` tries 10,000.
+A hundred cases each; ``pytest tests/faults/test_fuzz.py --hypothesis-profile=long --timeout=0``
+tries 10,000.
 """
 
 from __future__ import annotations
