@@ -153,7 +153,7 @@ def test_each_bad_image_fails_alone_with_file_cause_and_remedy(spoilt, capsys, n
         assert spoilt.outputs(subject) == [f"sub-{subject}_morph.json"]
         assert spoilt.record(subject)["Status"] == "failed"
         assert cause in spoilt.record(subject)["Error"]["Cause"]
-    assert len(spoilt.outputs("good")) == 8
+    assert len(spoilt.outputs("good")) == 13
     assert hidden(spoilt.out) == []
     rows = spoilt.group()
     status = {row["participant_id"]: row["status"] for row in rows}
@@ -545,7 +545,7 @@ def test_a_disk_that_is_full_ends_the_run_and_leaves_none_of_the_masks(study, ca
     assert line.startswith(f"fdl-bidsapp: {study.out}: the disk or quota is full")
     assert "Remedy: make room there" in line
     assert study.outputs("02") == []
-    assert len(study.outputs("01")) == 8
+    assert len(study.outputs("01")) == 13
 
 
 def test_a_disk_that_fails_is_one_line(study, capsys, monkeypatch):

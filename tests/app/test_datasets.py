@@ -107,7 +107,7 @@ def test_only_what_is_asked_for_is_done_and_the_group_gathers_all(study):
     for subject in ("01", "02", "03"):
         study.add(subject)
     assert study.run("participant", "--participant-label", "sub-02") == 0
-    assert sorted(path.name for path in study.out.glob("sub-*")) == ["sub-02"]
+    assert sorted(path.name for path in study.out.glob("sub-*")) == ["sub-02", "sub-02.html"]
     assert study.run("participant", "--participant-label", "01", "03") == 0
     assert [row["participant_id"] for row in study.group()][::2] == ["sub-01", "sub-02", "sub-03"]
 

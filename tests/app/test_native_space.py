@@ -171,7 +171,7 @@ def test_several_workers_give_the_same_as_one(study):
         study.add(subject, ("qsm", "r2star"))
     assert study.run() == 0
     alone = {path: path.read_bytes() for path in study.out.rglob("sub-*.*") if path.is_file()}
-    assert len(alone) == 3 * 8
+    assert len(alone) == 3 * (13 + 1)
     study.out = study.bids.parent / "other"
     assert study.run("participant", "--nprocs", 2) == 0
     for path, content in alone.items():

@@ -109,7 +109,7 @@ def test_outputs_of_other_settings_do_not_linger(done):
     assert nib.load(done.output("01", name)).shape == (32, 32, 32, 2)
     assert done.run() == 0
     assert not [each for each in done.outputs("01") if "probseg" in each]
-    assert len(done.outputs("01")) == 8
+    assert len(done.outputs("01")) == 13
 
 
 def test_another_target_is_segmented_anew(done):
@@ -136,7 +136,7 @@ def test_a_failed_scan_is_tried_again_and_a_done_one_that_now_fails_leaves_nothi
     assert "1 scan up to date already" in capsys.readouterr().err
     path.write_bytes(whole)
     assert done.run() == 0
-    assert len(done.outputs("01")) == 8
+    assert len(done.outputs("01")) == 13
 
 
 def test_a_scan_that_has_become_ambiguous_is_not_up_to_date(done):
