@@ -25,8 +25,9 @@ demo: $(READY)
 	@echo "Masks and tables: demo/out/sub-*/ ; the cohort: demo/out/group_morph.tsv"
 	@echo "To look at in a browser: demo/out/group_morph.html"
 
+# Tests of one file share fixtures that take long to make; one thread each leaves the cores to them.
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -53,8 +53,13 @@ def test_real_raw_echoes_go_through_participant_and_group(raw_echoes, make_model
     assert labels.shape == source.shape == (80, 80, 53)
     np.testing.assert_allclose(labels.affine, source.affine, atol=1e-4)
     record = study.record("01")
-    assert record["Target"] == "r2star"
-    assert "R2* fitted to 2 echoes" in " ".join(record["Notes"])
+    assert record["Target"] == "qsm"
+    assert record["Derivations"] == {
+        "qsm": "reconstruction",
+        "r2star": "echo_fit",
+        "imag": "echo_mean",
+        "swi": "reconstruction",
+    }
     assert {row["status"] for row in study.group()} == {"ok"}
 
 
