@@ -9,10 +9,11 @@ QSM is not measured. The seed makes heads that no training has seen.
 from __future__ import annotations
 
 import argparse
+import platform
 import subprocess
 import sys
 import tempfile
-import time
+from importlib.metadata import version
 from pathlib import Path
 
 import nibabel as nib
@@ -89,7 +90,10 @@ def main() -> None:
     summary = summary.reset_index()
     summary["model_sha256"] = bundle.sha256[:12]
     summary["command"] = command
-    summary["machine"] = f"{machine()}, app {__version__}, {time.strftime('%Y-%m-%d')}"
+    summary["machine"] = machine()
+    summary["versions"] = (
+        f"Python {platform.python_version()}, torch {version('torch')}, fdl-bidsapp {__version__}"
+    )
     summary.to_csv(RESULTS / "first_model_accuracy.tsv", sep="\t", index=False, float_format="%.3f")
     print(summary.iloc[:, :6].to_string(index=False))
 
