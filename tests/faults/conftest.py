@@ -40,7 +40,7 @@ class Process:
         children = psutil.Process(self.popen.pid).children(recursive=True)
         return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
-    def finish(self, seconds: float = 240) -> int:
+    def finish(self, seconds: float = 560) -> int:
         """Wait for the end and return the exit code; what it said is in `said`."""
         self.said = self.popen.communicate(timeout=seconds)[1]
         assert "Traceback" not in self.said
