@@ -2,8 +2,8 @@
 
     python benchmarks/first_model_accuracy.py [--model default] [--participants 9] [--seed 9001]
 
-Nine participants are ten scans of nine heads; the last participant has raw echoes only, so its
-QSM is not measured. The seed makes heads that no training has seen.
+Nine participants are ten scans of nine heads; of the last one there are raw echoes only, from which
+the app makes the maps. The seed makes heads that no training has seen.
 """
 
 from __future__ import annotations

@@ -236,7 +236,12 @@ def test_the_app_finds_every_scan(folders):
         ("01", "1"): maps,
         ("01", "2"): maps,
         ("02",): maps,
-        ("03",): {"r2star": "echo_fit", "imag": "echo_mean"},
+        ("03",): {
+            "qsm": "reconstruction",
+            "r2star": "echo_fit",
+            "imag": "echo_mean",
+            "swi": "reconstruction",
+        },
     }
 
 
