@@ -81,7 +81,7 @@ def main() -> None:
         },
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {},
+        "foreground_intensity_properties_per_channel": {"0": {}},
     }
     labels = {"background": 0} | {f"structure {value}": value for value in range(1, CLASSES)}
     description = {
