@@ -37,7 +37,11 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["qsm", "r2star", "imag", "swi"])
     parser.add_argument("--data", type=Path, help="keep the simulated dataset here, and reuse it")
     options = parser.parse_args()
-    command = "python " + " ".join(["benchmarks/first_model_accuracy.py", *sys.argv[1:]])
+    command = (
+        f"python benchmarks/first_model_accuracy.py --model {options.model}"
+        f" --participants {options.participants} --seed {options.seed}"
+        f" --targets {' '.join(options.targets)}"
+    )
     bundle = load_bundle(options.model)
     tools = Path(sys.executable).parent
 
