@@ -246,3 +246,11 @@ def study(tmp_path: Path, blob_model: Path) -> Study:
 def blobs() -> type[Blobs]:
     """Give the maker of images."""
     return Blobs
+
+
+@pytest.fixture(scope="session")
+def made_up_head():
+    """A small made-up head that stands for a label map."""
+    from .made_up_heads import made_up_head_map
+
+    return made_up_head_map()

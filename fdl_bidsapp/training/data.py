@@ -14,11 +14,27 @@ import torch.nn.functional as F
 from fdl_bidsapp.imaging.grid import Grid, canonical, canvas_geometry, conform
 from fdl_bidsapp.imaging.intensity import limits, scale
 from fdl_bidsapp.models.fdl import CONTRASTS
+from fdl_bidsapp.models.fourier import low_part
+from fdl_bidsapp.simulation.anatomy import voxel_size
 from fdl_bidsapp.simulation.geometry import rotation, smooth_noise
+from fdl_bidsapp.simulation.labelmaps import HeadMap
+from fdl_bidsapp.simulation.parameters import Value, draw_values
 from fdl_bidsapp.simulation.scan import draw_protocol, simulate_scan
+from fdl_bidsapp.simulation.simulator import simulate_label_map
+from fdl_bidsapp.simulation.stream import cut_region, draw_batch
 from fdl_bidsapp.simulation.tissue import Person
 
 Array = np.ndarray
+
+HEAD_STEP = 2.0
+"""Spacing in mm at which whole heads are kept for a locator."""
+HEAD_VOXELS: dict[str, Value] = {
+    "in_plane": 1.2,
+    "slice_thickness": 2.0,
+    "slab": "off",
+    "orientation": "RAS",
+}
+"""Of their scans: nothing finer is seen at a locator's spacing, and it cuts slabs out itself."""
 
 
 def cache_simulated_scan(folder: Path, seed: int, grid: Grid, n_labels: int) -> Path:
@@ -63,17 +79,65 @@ def cache_simulated_scan(folder: Path, seed: int, grid: Grid, n_labels: int) -> 
     def on_canvas(data: Array, order: int = 1) -> Array:
         return conform(canonical(nib.Nifti1Image(data, scan.affine)), shape, affine, order)
 
-    stack = np.zeros((len(CONTRASTS) + 1, *shape), np.float16)
-    for c, contrast in enumerate(CONTRASTS):
-        # Float16 holds R2* and the magnitude to 0.1 %, and susceptibility far below its noise.
-        stack[c] = on_canvas(scan.maps[contrast])
-    stack[-1] = on_canvas(np.where(scan.labels <= n_labels, scan.labels, 0), order=0)
-    folder.mkdir(parents=True, exist_ok=True)
+    images = np.stack([on_canvas(scan.maps[contrast]) for contrast in CONTRASTS])
+    _keep(path, images, on_canvas(np.where(scan.labels <= n_labels, scan.labels, 0), order=0))
+    return path
+
+
+def cache_region(
+    path: Path, head: HeadMap, seed: int, grid: Grid, *, profile: str, shortcut: bool
+) -> None:
+    """Simulate a scan of a head label map, and keep the region of its nuclei on a model's grid.
+
+    Parameters
+    ----------
+    path
+        The file, laid out as :func:`cache_simulated_scan` says. An existing one is kept.
+    head
+        The label map.
+    seed
+        With the label map and the profile, it decides the scan.
+    grid
+        The model's grid.
+    profile
+        ``ordinary`` or ``full``.
+    shortcut
+        Whether the maps are made without echoes.
+    """
+    if path.exists():
+        return
+    images, labels = draw_batch(
+        [head], [seed], grid.shape, grid.spacing, profile=profile, shortcut=float(shortcut)
+    )
+    _keep(path, images[0].cpu().numpy(), labels[0].cpu().numpy())
+
+
+def cache_head(path: Path, head: HeadMap, seed: int) -> None:
+    """Simulate a coarse scan of a whole head label map for a locator, and keep it.
+
+    Parameters
+    ----------
+    path, head, seed
+        As for :func:`cache_region`; the spacing is ``HEAD_STEP``.
+    """
+    if path.exists():
+        return
+    values = draw_values(seed, "full", HEAD_VOXELS)
+    scan = simulate_label_map(head, seed, values, shortcut=True)
+    size = np.array(scan.labels.shape) * voxel_size(scan.affine)
+    x, y, z = (round(float(n)) for n in size / HEAD_STEP)
+    images, labels = cut_region(scan, (x, y, z), (HEAD_STEP,) * 3)
+    _keep(path, images.cpu().numpy(), labels.cpu().numpy())
+
+
+def _keep(path: Path, images: Array, labels: Array) -> None:
+    # Float16 holds R2* and the magnitude to 0.1 %, and susceptibility far below its noise.
+    stack = np.concatenate([images, labels[None]]).astype(np.float16)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         np.save(file, stack)
     temporary.replace(path)
-    return path
 
 
 class SimulatedPatches:
@@ -91,6 +155,9 @@ class SimulatedPatches:
         Contrasts to draw from, with their probabilities.
     severity
         How often and how much patches are degraded, from 0 to 1.
+    theta
+        For multimodal fusion: the low part of one other contrast comes with each patch. ``None``
+        for other methods.
     """
 
     def __init__(
@@ -100,8 +167,10 @@ class SimulatedPatches:
         mirrored: Sequence[int],
         contrasts: dict[str, float],
         severity: float = 1.0,
+        theta: float | None = None,
     ) -> None:
         self.severity = severity
+        self.theta = theta
         self.scans = [np.load(file, mmap_mode="r") for file in files]
         self.swap = np.array([0, *(position + 1 for position in mirrored)], np.uint8)
         self.contrasts = contrasts
@@ -120,7 +189,7 @@ class SimulatedPatches:
 
     def draw(
         self, rng: np.random.Generator, shape: tuple[int, int, int], jitter: Sequence[float]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """Draw one patch around the nuclei.
 
         Parameters
@@ -136,22 +205,39 @@ class SimulatedPatches:
         -------
         image : (1, 1, X, Y, Z) float32 tensor, normalised and augmented
         classes : (1, X, Y, Z) long tensor
+        low : (1, 1, n1, n2, n3) float32 tensor, with ``theta`` only
         """
         which = int(rng.integers(len(self.scans)))
-        scan = self.scans[which]
         contrast = str(rng.choice(list(self.contrasts), p=list(self.contrasts.values())))
+        drawn = [contrast]
+        if self.theta is not None:
+            drawn.append(str(rng.choice([each for each in self.contrasts if each != contrast])))
         centre = self.centres[which] + rng.uniform(-1, 1, 3) * np.asarray(jitter)
         if rng.random() < 0.4:
             linear = np.eye(3)
         else:
             linear = rotation(rng.normal(0, 7, 3)) @ np.diag(np.exp(rng.normal(0, 0.07, 3)))
-        image, labels = cut_patch(scan, CONTRASTS.index(contrast), centre, linear, shape)
+        channels = [CONTRASTS.index(each) for each in drawn]
+        images, labels = cut_patch(self.scans[which], channels, centre, linear, shape)
         if rng.random() < 0.5:
-            image = image[::-1]
+            images = images[:, ::-1]
             labels = self.swap[labels[::-1]]
-        image = degrade(np.ascontiguousarray(image), rng, self.severity)
+        image, *others = (
+            self._varied(rng, np.ascontiguousarray(image), *self.limits[which][each])
+            for image, each in zip(images, drawn, strict=True)
+        )
+        return (
+            image,
+            torch.from_numpy(np.ascontiguousarray(labels).astype(np.int64))[None],
+            *(low_part(other, self.theta) for other in others if self.theta is not None),
+        )
+
+    def _varied(
+        self, rng: np.random.Generator, image: Array, low: float, high: float
+    ) -> torch.Tensor:
+        """Degrade an image, normalise it and vary its intensities."""
+        image = degrade(image, rng, self.severity)
         # The field of view, and with it the percentiles, differ from site to site.
-        low, high = self.limits[which][contrast]
         width = high - low
         image = scale(
             image, low + width * rng.uniform(-0.08, 0.08), high + width * rng.uniform(-0.2, 0.2)
@@ -161,10 +247,7 @@ class SimulatedPatches:
         if rng.random() < 0.1 * self.severity:
             # A sign of contrast that no site uses: the shape has to be learnt, not the sign.
             image = 1 - image
-        return (
-            torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None],
-            torch.from_numpy(np.ascontiguousarray(labels).astype(np.int64))[None],
-        )
+        return torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None]
 
 
 class SimulatedRegions:
@@ -224,7 +307,7 @@ class SimulatedRegions:
         linear = np.eye(3)
         if rng.random() < 0.6:
             linear = rotation(rng.normal(0, 7, 3)) @ np.diag(np.exp(rng.normal(0, 0.1, 3)))
-        image, region = cut_patch(scan, CONTRASTS.index(contrast), centre, linear, (a, b, c))
+        (image,), region = cut_patch(scan, [CONTRASTS.index(contrast)], centre, linear, (a, b, c))
         if rng.random() < 0.5:
             image, region = image[::-1], region[::-1]
         image = degrade(np.ascontiguousarray(image), rng, self.severity)
@@ -249,7 +332,11 @@ def _ball(shape: Sequence[int], centre: Array, radius: float) -> Array:
 
 
 def cut_patch(
-    scan: Array, channel: int, centre: Array, linear: Array, shape: tuple[int, int, int]
+    scan: Array,
+    channels: Sequence[int],
+    centre: Array,
+    linear: Array,
+    shape: tuple[int, int, int],
 ) -> tuple[Array, Array]:
     """Resample a patch of a cached scan and its labels.
 
@@ -257,8 +344,8 @@ def cut_patch(
     ----------
     scan : (C + 1, X, Y, Z) array
         Contrasts, then labels.
-    channel
-        The contrast.
+    channels
+        The contrasts to cut.
     centre : (3,) array
         Where the patch's centre lies in the scan, in voxels.
     linear : (3, 3) array
@@ -268,7 +355,7 @@ def cut_patch(
 
     Returns
     -------
-    image : shape float32 array
+    images : (len(channels), X, Y, Z) float32 array
         Linear interpolation; zero beyond the scan.
     labels : shape uint8 array
         Nearest neighbour.
@@ -282,14 +369,15 @@ def cut_patch(
         slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, scan.shape[1:], strict=True)
     )
     margin = [(s.start - a, b - s.stop) for s, a, b in zip(inside, low, high, strict=True)]
-    image = np.pad(np.asarray(scan[channel][inside], np.float32), margin)
-    labels = np.pad(np.asarray(scan[-1][inside], np.float32), margin)
-    theta = _grid_sample_matrix(linear, half, centre - low, image.shape)
-    stack = torch.from_numpy(np.stack([image, labels]))[None]
+    blocks = [
+        np.pad(np.asarray(scan[channel][inside], np.float32), margin) for channel in (*channels, -1)
+    ]
+    theta = _grid_sample_matrix(linear, half, centre - low, blocks[0].shape)
+    stack = torch.from_numpy(np.stack(blocks))[None]
     grid = F.affine_grid(theta, [1, 1, *shape], align_corners=True)
-    moved = F.grid_sample(stack[:, :1], grid, "bilinear", "zeros", align_corners=True)
-    classes = F.grid_sample(stack[:, 1:], grid, "nearest", "zeros", align_corners=True)
-    return moved[0, 0].numpy(), classes[0, 0].numpy().astype(np.uint8)
+    moved = F.grid_sample(stack[:, :-1], grid, "bilinear", "zeros", align_corners=True)
+    classes = F.grid_sample(stack[:, -1:], grid, "nearest", "zeros", align_corners=True)
+    return moved[0].numpy(), classes[0, 0].numpy().astype(np.uint8)
 
 
 def _grid_sample_matrix(

@@ -10,7 +10,7 @@ from fdl_bidsapp.labels import nuclei
 from fdl_bidsapp.simulation.anatomy import sample, transform
 from fdl_bidsapp.simulation.labelmaps import find_label_maps, head_map, read_head_map
 
-from .conftest import PLACES, TABLE, made_up_labels
+from ..made_up_heads import PLACES, TABLE, made_up_labels
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from fdl_bidsapp.simulation.labelmaps import head_map
 from fdl_bidsapp.simulation.parameters import effects, table
 from fdl_bidsapp.simulation.simulator import simulate_label_map
 
-from .conftest import TABLE, made_up_labels
+from ..made_up_heads import TABLE, made_up_labels
 
 FAST = ["in_plane=4", "slice_thickness=4", "inversion=tikhonov", "echoes=3", "field_map=laplacian"]
 SET = [word for value in FAST for word in ("--set", value)]

@@ -9,12 +9,17 @@ import torch
 
 from fdl_bidsapp.imaging.grid import Grid, canvas_geometry
 from fdl_bidsapp.models.fdl import CONTRASTS
+from fdl_bidsapp.models.fourier import low_part
 from fdl_bidsapp.simulation.contrast import Protocol
 from fdl_bidsapp.simulation.geometry import rotation
+from fdl_bidsapp.simulation.stream import draw_batch
 from fdl_bidsapp.training import data
 from fdl_bidsapp.training.data import (
+    HEAD_STEP,
     SimulatedPatches,
     SimulatedRegions,
+    cache_head,
+    cache_region,
     cache_simulated_scan,
     cut_patch,
     degrade,
@@ -63,17 +68,16 @@ def test_an_upright_patch_is_a_plain_crop():
     image, labels = rng.standard_normal(SHAPE), rng.integers(0, 5, SHAPE)
     scan = stack_of(image, labels)
     # The centre of voxels 5..14, 8..18 and 3..10.
-    cut, classes = cut_patch(scan, 2, np.array([9.5, 13.0, 6.5]), np.eye(3), (10, 11, 8))
+    cut, classes = cut_patch(scan, [2, 0], np.array([9.5, 13.0, 6.5]), np.eye(3), (10, 11, 8))
     crop = (slice(5, 15), slice(8, 19), slice(3, 11))
-    np.testing.assert_allclose(cut, scan[2][crop], atol=1e-3)
+    np.testing.assert_allclose(cut, scan[[2, 0]][:, *crop], atol=1e-3)
     np.testing.assert_array_equal(classes, labels[crop])
 
 
 def test_the_channel_is_the_contrast_asked_for():
     scan = np.stack([np.full(SHAPE, value) for value in (1, 2, 3, 4, 0)]).astype(np.float16)
-    for channel in range(4):
-        cut, _ = cut_patch(scan, channel, np.array([15.0, 17.0, 13.0]), np.eye(3), (5, 5, 5))
-        np.testing.assert_allclose(cut, channel + 1)
+    cut, _ = cut_patch(scan, [3, 0, 1], np.array([15.0, 17.0, 13.0]), np.eye(3), (5, 5, 5))
+    assert cut.mean((1, 2, 3)).tolist() == [4, 1, 2]
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -84,7 +88,7 @@ def test_turning_keeps_image_and_labels_together(axis):
     linear = rotation((8, -11, 6)) @ np.diag([1.1, 0.9, 1.0])
     centre = np.array([14.3, 16.8, 12.4])
     shape = (12, 11, 10)
-    image, labels = cut_patch(scan, 0, centre, linear, shape)
+    (image,), labels = cut_patch(scan, [0], centre, linear, shape)
     expected = (linear @ (np.indices(shape).reshape(3, -1) - (np.array([shape]).T - 1) / 2))[axis]
     np.testing.assert_allclose(image.ravel(), expected + centre[axis], atol=0.01)
     assert np.abs(image - labels).max() <= 0.51
@@ -92,7 +96,7 @@ def test_turning_keeps_image_and_labels_together(axis):
 
 def test_beyond_the_scan_there_is_nothing():
     scan = stack_of(np.ones(SHAPE), np.ones(SHAPE))
-    image, labels = cut_patch(scan, 0, np.array([0.0, 17.0, 13.0]), np.eye(3), (11, 9, 9))
+    (image,), labels = cut_patch(scan, [0], np.array([0.0, 17.0, 13.0]), np.eye(3), (11, 9, 9))
     assert not image[:5].any()
     assert not labels[:5].any()
     np.testing.assert_allclose(image[5:], 1)
@@ -164,6 +168,18 @@ def test_contrasts_come_in_their_proportions(tmp_path):
     drawn = [patches.draw(np.random.default_rng(seed), (9, 9, 8), (0, 0, 0)) for seed in range(80)]
     edges = sum(float(patch.std()) > 0.15 for patch, _ in drawn)
     assert 14 <= edges <= 34
+
+
+def test_the_low_part_of_another_contrast_comes_along(tmp_path):
+    files = saved(tmp_path, two_sided())
+    shares = {"qsm": 0.5, "imag": 0.5}
+    patches = SimulatedPatches(files, INTENSITY, (1, 0), shares, severity=0.0, theta=0.2)
+    whole, labels, low = patches.draw(np.random.default_rng(1), (28, 28, 24), (0, 0, 0))
+    assert low.shape == (1, 1, 5, 5, 5)
+    assert labels.shape == whole.shape[1:]
+    # Both contrasts hold the same image here, so their low parts differ in brightness alone.
+    own = low_part(whole, 0.2).ravel()
+    assert np.corrcoef(own, low.ravel())[0, 1] > 0.9
 
 
 def test_degrading_keeps_the_image_recognisable():
@@ -243,3 +259,40 @@ def test_fields_of_view_differ_and_some_miss_a_part_of_the_region(tmp_path):
     assert len({tuple(image.shape) for image, _ in drawn}) > 20
     sizes = [int((classes > 0).sum()) for _, classes in drawn]
     assert min(sizes) < 0.8 * np.median(sizes)
+
+
+HEAD_SCAN = {"echoes": 3, "inversion": "tikhonov"}
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_a_cached_region_is_a_draw_of_its_seed(made_up_head, tmp_path, shortcut):
+    grid = Grid((36, 44, 40), (2.0, 2.0, 2.0))
+    path = tmp_path / "new" / "region.npy"
+    cache_region(path, made_up_head, 5, grid, profile="ordinary", shortcut=shortcut)
+    images, labels = draw_batch(
+        [made_up_head],
+        [5],
+        grid.shape,
+        grid.spacing,
+        profile="ordinary",
+        shortcut=float(shortcut),
+    )
+    stack = np.load(path)
+    assert stack.dtype == np.float16
+    np.testing.assert_allclose(stack[:-1], images[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(stack[-1], labels[0])
+    assert set(np.unique(stack[-1])) == set(range(9))
+    path.write_bytes(b"kept")
+    cache_region(path, made_up_head, 6, grid, profile="ordinary", shortcut=shortcut)
+    assert path.read_bytes() == b"kept"
+
+
+def test_a_cached_head_holds_the_brain_with_the_nuclei_inside(made_up_head, tmp_path):
+    path = tmp_path / "head.npy"
+    cache_head(path, made_up_head, 5)
+    stack = np.load(path)
+    extent = np.array(stack.shape[1:]) * HEAD_STEP
+    assert np.all(extent > 0.8 * made_up_head.brain_size)
+    inside = np.argwhere(stack[-1] > 0) * HEAD_STEP
+    assert np.all(np.ptp(inside, axis=0) < extent / 2)
+    assert np.abs(stack[CONTRASTS.index("imag")]).max() > 0

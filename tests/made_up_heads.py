@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from fdl_bidsapp.labels import nuclei
 from fdl_bidsapp.simulation.labelmaps import HeadMap, head_map
@@ -59,7 +58,7 @@ def made_up_labels() -> tuple[np.ndarray, np.ndarray]:
     return labels, affine
 
 
-@pytest.fixture(scope="session")
-def made_up_head() -> HeadMap:
+def made_up_head_map() -> HeadMap:
+    """Return the made-up head, ready to be deformed."""
     labels, affine = made_up_labels()
     return head_map("made-up", labels, affine, TABLE)
