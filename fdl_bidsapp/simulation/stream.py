@@ -60,7 +60,8 @@ def draw_batch(
         rng = generator(seed, "place in the stream")
         head = heads[int(rng.integers(len(heads)))]
         short = bool(rng.random() < shortcut)
-        extent = np.array(shape) * spacing + 2 * (0 if short else EDGE)
+        # An edge that moved with the region would tell where its middle is.
+        extent = np.array(shape) * spacing + 2 * (jitter + (0 if short else EDGE))
         scan = simulate_label_map(
             head, seed, draw_values(seed, profile, forced), box=extent.tolist(), shortcut=short
         )

@@ -35,6 +35,8 @@ HEAD_VOXELS: dict[str, Value] = {
     "orientation": "RAS",
 }
 """Of their scans: nothing finer is seen at a locator's spacing, and it cuts slabs out itself."""
+REGION_JITTER = 5.0
+"""Largest distance of a kept region's middle from that of the nuclei along each axis, mm."""
 
 
 def cache_simulated_scan(folder: Path, seed: int, grid: Grid, n_labels: int) -> Path:
@@ -107,7 +109,13 @@ def cache_region(
     if path.exists():
         return
     images, labels = draw_batch(
-        [head], [seed], grid.shape, grid.spacing, profile=profile, shortcut=float(shortcut)
+        [head],
+        [seed],
+        grid.shape,
+        grid.spacing,
+        profile=profile,
+        shortcut=float(shortcut),
+        jitter=REGION_JITTER,
     )
     _keep(path, images[0].cpu().numpy(), labels[0].cpu().numpy())
 

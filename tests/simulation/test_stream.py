@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fdl_bidsapp.settings import CONTRASTS
 from fdl_bidsapp.simulation.parameters import all_off
 from fdl_bidsapp.simulation.simulator import reoriented, simulate_label_map
 from fdl_bidsapp.simulation.stream import cut_region, draw_batch
@@ -28,6 +29,15 @@ def test_a_batch_is_whole_and_follows_from_its_seeds(made_up_head):
     assert all(set(one.unique().tolist()) >= {1, 2, 5, 6} for one in labels)
     again, _ = draw_batch([made_up_head], [[0, 2]], SHAPE, SPACING, forced=COARSE, shortcut=0.5)
     torch.testing.assert_close(again[0], images[1], rtol=0, atol=0)
+
+
+def test_no_edge_tells_where_the_middle_of_the_nuclei_is(made_up_head):
+    images, _ = draw_batch([made_up_head], [3, 4, 5], SHAPE, SPACING, forced=COARSE, shortcut=1.0)
+    magnitude = images[:, CONTRASTS.index("imag")]
+    for axis in (1, 2, 3):
+        for face in (0, -1):
+            outermost = magnitude.select(axis, face)
+            assert (outermost != 0).float().mean() > 0.5
 
 
 def test_the_scans_own_grid_gives_the_scan(scan):

@@ -16,6 +16,7 @@ from fdl_bidsapp.simulation.stream import draw_batch
 from fdl_bidsapp.training import data
 from fdl_bidsapp.training.data import (
     HEAD_STEP,
+    REGION_JITTER,
     SimulatedPatches,
     SimulatedRegions,
     cache_head,
@@ -276,6 +277,7 @@ def test_a_cached_region_is_a_draw_of_its_seed(made_up_head, tmp_path, shortcut)
         grid.spacing,
         profile="ordinary",
         shortcut=float(shortcut),
+        jitter=REGION_JITTER,
     )
     stack = np.load(path)
     assert stack.dtype == np.float16

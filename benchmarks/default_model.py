@@ -1,0 +1,279 @@
+"""Train the default model: multimodal fusion on simulated scans of head label maps.
+
+Two networks: a coarse one finds the region of the nuclei, the other segments them there.
+
+    python benchmarks/default_model.py LABELS CACHE OUTPUT.safetensors [--minutes 240]
+
+``LABELS`` is a folder of head label maps (see docs/simulation.md), of which the first ``--heads``
+are used. Run it again after an interruption and it goes on. ``--draw-only`` fills the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fdl_bidsapp.imaging.grid import Grid
+from fdl_bidsapp.imaging.intensity import normalise
+from fdl_bidsapp.labels import Label, mirrored, nuclei
+from fdl_bidsapp.models.bundle import save_bundle
+from fdl_bidsapp.models.fdl import CONTRASTS, ModelSpec, build_network
+from fdl_bidsapp.models.fourier import low_part
+from fdl_bidsapp.models.inference import resolve_device
+from fdl_bidsapp.simulation.labelmaps import find_label_maps, read_head_map
+from fdl_bidsapp.training.data import (
+    HEAD_STEP,
+    SimulatedPatches,
+    SimulatedRegions,
+    cache_head,
+    cache_region,
+)
+from fdl_bidsapp.training.loop import Schedule, Trained, train
+from fdl_bidsapp.training.losses import dice_cross_entropy_loss
+
+Batch = tuple[torch.Tensor, ...]
+
+SHARES = {"qsm": 0.35, "r2star": 0.25, "imag": 0.25, "swi": 0.15}
+"""How often each contrast is the target."""
+
+GRID = Grid((96, 120, 112), (0.8, 0.8, 0.8))
+"""Holds the nuclei of a large, tilted head, with room for 5 mm of error of the centre."""
+
+SEVERITY = 0.5
+"""Of what is done to the cached scans: the simulator has brought most of it already."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One of three trainings, each going on from the one before.
+
+    Attributes
+    ----------
+    share
+        Of the minutes and steps.
+    rate
+        Factor on the learning rate.
+    structure_weight
+        In the cross-entropy.
+    patch
+        Its shape.
+    jitter
+        Largest distance of a patch's middle from that of the nuclei along each axis, in voxels.
+    """
+
+    share: float
+    rate: float
+    structure_weight: float
+    patch: tuple[int, int, int]
+    jitter: tuple[float, float, float]
+
+
+# Weighted voxels find the structures soon, then their true size is learnt, then on the model's own
+# grid.
+PHASES = {
+    "find": Phase(0.12, 1.0, 20.0, (64, 80, 72), (8, 16, 12)),
+    "draw": Phase(0.63, 1.0, 1.0, (64, 80, 72), (8, 16, 12)),
+    "whole": Phase(0.25, 0.4, 1.0, GRID.shape, (0, 0, 0)),
+}
+
+
+def main() -> None:
+    """Fill the cache, train, write the bundle."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("labels", type=Path)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--draws", type=int, default=480, help="cached regions")
+    parser.add_argument("--locator-draws", type=int, default=96, help="cached whole heads")
+    parser.add_argument("--minutes", type=float, default=240)
+    parser.add_argument("--steps", type=int, default=60000)
+    parser.add_argument("--locator-steps", type=int, default=3500)
+    parser.add_argument("--width", type=int, default=12)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draw-only", action="store_true")
+    options = parser.parse_args()
+
+    regions, heads = fill(options)
+    if options.draw_only:
+        return
+    started = time.time()
+    spec = specification(options.width)
+    folder = options.output.with_suffix(".run")
+    locator = train_locator(spec, heads, folder, options)
+    parts = train_parts(spec, regions, folder, options)
+    provenance = {
+        "data": f"{len(regions)} simulated scans of {options.heads} head label maps",
+        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; three phases",
+        "steps": parts.steps,
+        "steps_of_locator": locator.steps,
+        "seed": options.seed,
+        "trained_on": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "finished": time.strftime("%Y-%m-%d"),
+    }
+    final = replace(spec, provenance=provenance)
+    network = build_network(final)
+    assert network.locator is not None
+    network.locator.load_state_dict(locator.network.state_dict())
+    network.load_state_dict(parts.network.state_dict(), strict=False)
+    digest = save_bundle(options.output, network, final, bank(final, regions), dtype="float16")
+    seconds = time.time() - started
+    print(f"{options.output}: {parts.steps} steps, SHA-256 {digest}, {seconds:.0f} s")
+
+
+def fill(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    """Fill the cache and return its files: regions, and whole heads."""
+    maps = find_label_maps(options.labels)[: options.heads]
+    regions = [options.cache / f"region-{i:05d}.npy" for i in range(options.draws)]
+    heads = [options.cache / f"head-{i:05d}.npy" for i in range(options.locator_draws)]
+    with ProcessPoolExecutor(options.processes) as pool:
+        # In rounds over the heads, so that a cache that is not full yet holds them all.
+        n = len(maps)
+        rounds = 4
+        jobs = [
+            pool.submit(fill_head, path, regions, heads, range(i, 10**6, n), part, rounds)
+            for part in range(rounds)
+            for i, path in enumerate(maps)
+        ]
+        for job in jobs:
+            job.result()
+    return regions, heads
+
+
+def fill_head(
+    label_map: Path,
+    regions: Sequence[Path],
+    heads: Sequence[Path],
+    seeds: range,
+    part: int,
+    parts: int,
+) -> None:
+    """Simulate one part of the scans of one head; a scan's number is its seed."""
+    torch.set_num_threads(1)
+    mine = [
+        (files, seed)
+        for files in (regions, heads)
+        for seed in seeds[part::parts]
+        if seed < len(files) and not files[seed].exists()
+    ]
+    if not mine:
+        return
+    head = read_head_map(label_map)
+    for files, seed in mine:
+        if files is heads:
+            cache_head(files[seed], head, seed)
+        else:
+            rng = np.random.default_rng(seed)
+            profile = "ordinary" if rng.random() < 0.5 else "full"
+            shortcut = bool(rng.random() < 0.7)
+            cache_region(files[seed], head, seed, GRID, profile=profile, shortcut=shortcut)
+
+
+def specification(width: int) -> ModelSpec:
+    """Return what is trained."""
+    region = Label(1, "Region of the nuclei", "REGION", "region", "n/a", None, "#ffffff")
+    locator = ModelSpec(
+        "default-locator",
+        method="none",
+        backbone_options={"width": 8, "levels": 4},
+        grid_shape=(40, 40, 32),
+        grid_spacing=(4.0, 4.0, 4.0),
+        contrasts=tuple(SHARES),
+        labels=(region,),
+    )
+    return ModelSpec(
+        "default",
+        method="multimodal",
+        backbone_options={"width": width, "levels": 4},
+        fusion_channels=width,
+        grid_shape=GRID.shape,
+        grid_spacing=GRID.spacing,
+        contrasts=tuple(SHARES),
+        labels=nuclei(),
+        locator=locator,
+    )
+
+
+def train_parts(
+    spec: ModelSpec, files: Sequence[Path], folder: Path, options: argparse.Namespace
+) -> Trained:
+    """Train the network that segments, phase by phase."""
+    torch.manual_seed(options.seed)
+    network: torch.nn.Module = build_network(replace(spec, locator=None))
+    patches = SimulatedPatches(
+        files, dict(spec.intensity), mirrored(spec.labels), SHARES, SEVERITY, theta=spec.theta
+    )
+    steps = 0
+    for name, phase in PHASES.items():
+
+        def draw(step: int, _: float, phase: Phase = phase, first: int = steps) -> Batch:
+            rng = np.random.default_rng([options.seed, first, step])
+            return patches.draw(rng, phase.patch, phase.jitter)
+
+        def loss(
+            outputs: list[torch.Tensor], classes: torch.Tensor, phase: Phase = phase
+        ) -> torch.Tensor:
+            each = [dice_cross_entropy_loss(o, classes, phase.structure_weight) for o in outputs]
+            return torch.stack(each).mean()
+
+        schedule = Schedule(
+            round(options.steps * phase.share),
+            learning_rate=options.learning_rate * phase.rate,
+            max_minutes=options.minutes * phase.share,
+        )
+        trained = train(network, draw, loss, schedule, folder / name, resolve_device("auto"))
+        network.load_state_dict(trained.network.state_dict())
+        steps += trained.steps
+    return replace(trained, steps=steps)
+
+
+def train_locator(
+    spec: ModelSpec, files: Sequence[Path], folder: Path, options: argparse.Namespace
+) -> Trained:
+    """Train the network that finds the region."""
+    assert spec.locator is not None
+    torch.manual_seed(options.seed)
+    step = round(spec.locator.grid_spacing[0] / HEAD_STEP)
+    regions = SimulatedRegions(
+        files, dict(spec.locator.intensity), SHARES, step=step, radius=20 / HEAD_STEP, severity=0.7
+    )
+
+    def draw(step: int, _: float) -> Batch:
+        return regions.draw(np.random.default_rng([options.seed, 9, step]))
+
+    def loss(outputs: list[torch.Tensor], classes: torch.Tensor) -> torch.Tensor:
+        return dice_cross_entropy_loss(outputs[0], classes, structure_weight=10.0)
+
+    return train(
+        build_network(spec.locator),
+        draw,
+        loss,
+        Schedule(options.locator_steps, learning_rate=options.learning_rate),
+        folder / "locator",
+        resolve_device("auto"),
+    )
+
+
+def bank(spec: ModelSpec, files: Sequence[Path]) -> Mapping[str, list[torch.Tensor]]:
+    """Return the low parts of one training scan's contrasts."""
+    scan = np.load(files[0], mmap_mode="r")
+    parts = {}
+    for channel, contrast in enumerate(CONTRASTS):
+        image = normalise(np.asarray(scan[channel], np.float32), spec.intensity[contrast])
+        parts[contrast] = [low_part(torch.from_numpy(image), spec.theta, spec.spectrum)]
+    return parts
+
+
+if __name__ == "__main__":
+    main()
