@@ -14,33 +14,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import torch
-from machine import machine
+from experiment_tables import gather
 
-from fdl_bidsapp import __version__
-from fdl_bidsapp.bids.outputs import write_tsv
-from fdl_bidsapp.training.evaluate import CASE_COLUMNS, MEAN
-from fdl_bidsapp.training.experiment import (
-    DIFFERENCE_COLUMNS,
-    PUBLISHED_COLUMNS,
-    RESULT_COLUMNS,
-    add_published,
-    aggregate,
-    make_experiment,
-    method_differences,
-    read_cases,
-    run_experiment,
-)
+from fdl_bidsapp.training.experiment import make_experiment, run_experiment
 from fdl_bidsapp.training.fit import read_toml
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
-METRICS = ("dice", "hd95")
 
 
 def main() -> None:
@@ -70,40 +52,15 @@ def main() -> None:
                 progress=lambda line, fold=fold, grid=grid: print(f"{grid}, fold {fold}: {line}"),
             )
     for grid in options.grids:
-        gather(grid, options.out / grid, options.published)
-
-
-def gather(grid: str, folder: Path, published: Path | None) -> None:
-    """Put the means and differences over all folds beside the published values."""
-    values = read_toml(HERE / f"{grid}.toml")
-    axes = tuple(dict.fromkeys([*values["grid"], "seed"]))
-    cases: list[dict[str, Any]] = []
-    for file in sorted(folder.glob("fold-*/cases.tsv")):
-        cases += read_cases(file)
-    if not cases:
-        return
-    results = aggregate(cases, axes)
-    if published is not None:
-        add_published(results, published, values.get("published", {}))
-    made = {
-        "command": f"python benchmarks/msd_hippocampus/run.py TABLES OUT --grids {grid}",
-        "versions": f"torch {torch.__version__}, fdl-bidsapp {__version__}",
-        "machine": machine(),
-    }
-    group = tuple(axis for axis in axes if axis != "seed")
-    columns = (*group, *RESULT_COLUMNS, *PUBLISHED_COLUMNS)
-    write(f"msd_{grid}", results, columns, made)
-    columns = (*group, "reference_method", *DIFFERENCE_COLUMNS)
-    write(f"msd_{grid}_differences", method_differences(cases, axes), columns, made)
-    write_tsv(folder / "cases.tsv", cases, (*axes, *CASE_COLUMNS))
-
-
-def write(
-    name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], made: Mapping[str, str]
-) -> None:
-    """Write one table of results."""
-    kept = [{**row, **made} for row in rows if row["metric"] in METRICS or row["structure"] == MEAN]
-    write_tsv(RESULTS / f"{name}.tsv", kept, (*columns, *made))
+        values = read_toml(HERE / f"{grid}.toml")
+        gather(
+            f"msd_{grid}",
+            sorted((options.out / grid).glob("fold-*/cases.tsv")),
+            tuple(dict.fromkeys([*values["grid"], "seed"])),
+            f"python benchmarks/msd_hippocampus/run.py TABLES OUT --grids {grid}",
+            options.published,
+            values.get("published", {}),
+        )
 
 
 if __name__ == "__main__":

@@ -265,15 +265,11 @@ def gather(runs: Sequence[Run], output: Path) -> list[Row]:
 
 
 def read_cases(path: Path) -> list[Row]:
-    """Read a ``cases.tsv``, with its numbers as numbers and NaN for ``n/a``."""
+    """Read a ``cases.tsv``, with its measures as numbers and NaN for ``n/a``."""
     with path.open(encoding="utf-8", newline="") as file:
         return [
             {
-                key: value
-                if key in ("model", "id", "participant", "structure")
-                else math.nan
-                if value == "n/a"
-                else float(value)
+                key: value if key not in METRICS else math.nan if value == "n/a" else float(value)
                 for key, value in row.items()
             }
             for row in csv.DictReader(file, delimiter="\t")

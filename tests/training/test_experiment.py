@@ -12,6 +12,7 @@ from fdl_bidsapp.training.experiment import (
     aggregate,
     make_experiment,
     method_differences,
+    read_cases,
     run_experiment,
 )
 
@@ -144,3 +145,13 @@ def test_published_values_stand_beside_ours(tmp_path):
         (one["n_train"], one["metric"]): one["published"] for one in results if "published" in one
     }
     assert found == {("4", "dice"): pytest.approx(0.6446), ("165", "hd95"): 1.25}
+
+
+def test_gathered_cases_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "cases.tsv"
+    path.write_text("method\tn_train\tid\tdice\thd95\nlate\t4\tcase-1\t0.5\tn/a\n")
+    (row,) = read_cases(path)
+    assert row["method"] == "late"
+    assert row["n_train"] == "4"
+    assert row["dice"] == 0.5
+    assert math.isnan(row["hd95"])
