@@ -252,9 +252,9 @@ class SimulatedPatches:
         )
         if rng.random() < 0.5:
             image = image ** np.float32(np.exp(rng.normal(0, 0.3)))
-        if rng.random() < 0.1 * self.severity:
-            # A sign of contrast that no site uses: the shape has to be learnt, not the sign.
-            image = 1 - image
+        if rng.random() < 0.25 * self.severity:
+            # A contrast that no site has: the shape has to be learnt, not the order of tissues.
+            image = remap(image, rng)
         return torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None]
 
 
@@ -399,6 +399,34 @@ def _grid_sample_matrix(
     matrix[:, :3] = matrix[::-1, 2::-1]
     matrix[:, 3] = matrix[::-1, 3]
     return torch.from_numpy(matrix.astype(np.float32))[None]
+
+
+def remap(image: Array, rng: np.random.Generator, knots: int = 8) -> Array:
+    """Send the intensities of a normalised image through a random curve.
+
+    Parameters
+    ----------
+    image : array
+        In [0, 1].
+    rng
+        Source of randomness.
+    knots
+        Points of the curve, which is straight between them.
+
+    Returns
+    -------
+    float32 array of the same shape
+        In [0, 1].
+
+    Examples
+    --------
+    >>> mapped = remap(np.array([0.2, 0.2, 0.9]), np.random.default_rng(0))
+    >>> bool(mapped[0] == mapped[1] != mapped[2])
+    True
+    """
+    values = rng.uniform(size=knots)
+    values = (values - values.min()) / np.ptp(values)
+    return np.interp(image, np.linspace(0, 1, knots), values).astype(np.float32)
 
 
 def degrade(image: Array, rng: np.random.Generator, severity: float = 1.0) -> Array:

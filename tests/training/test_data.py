@@ -59,8 +59,8 @@ def two_sided():
     return stack_of(image, labels)
 
 
-def draws(files, n, *, shape=(28, 28, 24), jitter=(0, 0, 0), swap=(1, 0)):
-    patches = SimulatedPatches(files, INTENSITY, swap, {"qsm": 1.0})
+def draws(files, n, *, shape=(28, 28, 24), jitter=(0, 0, 0), severity=1.0):
+    patches = SimulatedPatches(files, INTENSITY, (1, 0), {"qsm": 1.0}, severity)
     return [patches.draw(np.random.default_rng(seed), shape, jitter) for seed in range(n)]
 
 
@@ -127,7 +127,7 @@ def test_a_flip_swaps_the_sides(tmp_path):
 
 
 def test_labels_stay_on_their_structures(tmp_path):
-    for image, classes in draws(saved(tmp_path, two_sided()), 30):
+    for image, classes in draws(saved(tmp_path, two_sided()), 30, severity=0.0):
         inside = [image[0, 0][classes[0] == index] for index in (1, 2)]
         means = sorted(float(values.mean()) for values in inside)
         background = float(image[0, 0][classes[0] == 0].median())
@@ -181,6 +181,17 @@ def test_the_low_part_of_another_contrast_comes_along(tmp_path):
     # Both contrasts hold the same image here, so their low parts differ in brightness alone.
     own = low_part(whole, 0.2).ravel()
     assert np.corrcoef(own, low.ravel())[0, 1] > 0.9
+
+
+def test_some_patches_have_a_contrast_that_no_site_has(tmp_path):
+    def grey_is_between(image, classes):
+        inside = [float(image[0, 0][classes[0] == index].mean()) for index in (1, 2)]
+        return min(inside) < float(image[0, 0][classes[0] == 0].median()) < max(inside)
+
+    files = saved(tmp_path, two_sided())
+    usual = [grey_is_between(*drawn) for drawn in draws(files, 40)]
+    assert 20 < sum(usual) < 40
+    assert all(grey_is_between(*drawn) for drawn in draws(files, 40, severity=0.0))
 
 
 def test_degrading_keeps_the_image_recognisable():
