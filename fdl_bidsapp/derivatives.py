@@ -29,6 +29,7 @@ from fdl_bidsapp.bids.outputs import (
     write_tsv,
 )
 from fdl_bidsapp.errors import FdlError
+from fdl_bidsapp.imaging.confidence import Calibration
 from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.imaging.measure import COLUMNS, measure
 from fdl_bidsapp.labels import Label
@@ -106,6 +107,7 @@ def write_scan(
     standard: StandardSpace | None = None,
     figures: Mapping[tuple[str, str], str] | None = None,
     maps: Sequence[MadeMap] = (),
+    calibration: Calibration | None = None,
 ) -> None:
     """Write everything of a scan that went well; the record comes last.
 
@@ -119,6 +121,8 @@ def write_scan(
         SVG texts by ``desc-`` and ``label-`` (empty where a figure has none).
     maps
         What was made from raw echoes.
+    calibration
+        Of the model, for the confidence.
 
     Raises
     ------
@@ -127,7 +131,16 @@ def write_scan(
     """
     with alone(out, scan.source_prefix):
         _write_scan(
-            out, scan, images, segmentation, labels, provenance, standard, figures or {}, maps
+            out,
+            scan,
+            images,
+            segmentation,
+            labels,
+            provenance,
+            standard,
+            figures or {},
+            maps,
+            calibration,
         )
 
 
@@ -141,6 +154,7 @@ def _write_scan(
     standard: StandardSpace | None,
     figures: Mapping[tuple[str, str], str],
     maps: Sequence[MadeMap],
+    calibration: Calibration | None,
 ) -> None:
     remove_scan_outputs(out, scan)
     used = [source for source in scan.sources if source.contrast in images.maps]
@@ -185,6 +199,8 @@ def _write_scan(
         images.affine,
         {name: images.maps[name] for name in ("qsm", "r2star") if name in images.maps},
         components=segmentation.components,
+        target=images.target,
+        calibration=calibration,
     )
     write_tsv(output_path(out, scan.entities, "morph"), rows, list(COLUMNS))
     record = _record(scan, "ok", None, provenance, images, maps)

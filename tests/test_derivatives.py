@@ -23,6 +23,7 @@ from fdl_bidsapp.derivatives import (
     write_scan,
 )
 from fdl_bidsapp.errors import ImageError
+from fdl_bidsapp.imaging.confidence import INTERCEPT, SIGNS, Calibration
 from fdl_bidsapp.imaging.measure import COLUMNS
 from fdl_bidsapp.labels import by_abbreviation
 from fdl_bidsapp.pipeline import ScanImages, Segmentation, StandardSpace
@@ -94,6 +95,20 @@ def test_the_record_says_what_was_used_and_measured(tmp_path, scan, images, segm
     assert header.split("\t") == list(COLUMNS)
     assert [row.split("\t")[2] for row in rows] == ["RNL", "RNR"]
     assert float(rows[0].split("\t")[header.split("\t").index("volume")]) == 64
+
+
+def test_a_calibrated_model_gives_confidence(tmp_path, scan, images, segmentation):
+    weights = {INTERCEPT: 1.5, **dict.fromkeys(SIGNS, 0.0)}
+    calibration = Calibration({"qsm": {"red_nucleus": weights}}, threshold=0.9)
+    for given, shown in ((calibration, "0.817574"), (None, "n/a")):
+        out = tmp_path / shown.replace("/", "")
+        write_scan(
+            out, scan, images, segmentation, LABELS, PROVENANCE, None, {}, (), calibration=given
+        )
+        header, row, _ = output_path(out, scan.entities, "morph").read_text().splitlines()
+        cells = dict(zip(header.split("\t"), row.split("\t"), strict=True))
+        assert cells["confidence"] == shown
+        assert ("low_confidence" in cells["qc_flag"]) == (given is not None)
 
 
 def test_sources_are_named_once_and_only_those_used(tmp_path, scan, images, segmentation):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from fdl_bidsapp.imaging.confidence import Calibration, describe
 from fdl_bidsapp.labels import Label
 
 Row = dict[str, float | int | str | None]
@@ -66,6 +67,11 @@ def _columns() -> dict[str, dict[str, Any]]:
                 "is not 0",
                 "Units": unit,
             }
+    columns["confidence"] = {
+        "Description": "Dice with the true structure that is to be expected, 0 to 1, from the "
+        "probabilities and the shape of what was found; 0 where nothing was found, n/a where the "
+        "model has no calibration for it"
+    }
     columns["qc_n_components"] = {
         "Description": "Number of connected components (26 neighbours) before all but the "
         "largest were dropped"
@@ -86,6 +92,7 @@ def _columns() -> dict[str, dict[str, Any]]:
             "fragmented": f"more than {FRAGMENTED_ABOVE:.0%} of its voxels lay outside the "
             "largest component",
             "low_probability": f"mean probability below {LOW_PROBABILITY_BELOW}",
+            "low_confidence": "confidence below the threshold of the model's calibration",
             "implausible_volume": "volume outside the range of adult anatomy",
         },
     }
@@ -176,6 +183,8 @@ def measure(
     *,
     components: Mapping[str, tuple[int, int]] | None = None,
     field_of_view: NDArray[np.bool_] | None = None,
+    target: str = "",
+    calibration: Calibration | None = None,
 ) -> list[Row]:
     """Measure every structure; one row each, with the keys of `COLUMNS` in their order.
 
@@ -194,6 +203,10 @@ def measure(
         What `largest_components` reported; without it, the label map is taken to be unclean still.
     field_of_view : (X, Y, Z) bool array
         Where there is data; without it, the whole array.
+    target
+        The contrast that was segmented.
+    calibration
+        Of the model; without it, there is no confidence.
 
     Returns
     -------
@@ -204,9 +217,16 @@ def measure(
     if components is None:
         _, components = largest_components(label_map, labels)
     voxel_volume = float(abs(np.linalg.det(affine[:3, :3])))
+    confidences: list[float | None] = [None] * len(labels)
+    if calibration is not None:
+        described = describe(label_map, probabilities, labels, affine, components)
+        confidences = [
+            calibration.expected_dice(target, label.structure, features)
+            for label, features in zip(labels, described, strict=True)
+        ]
     boxes = ndimage.find_objects(label_map)
     rows = []
-    for label, probability in zip(labels, probabilities, strict=True):
+    for label, probability, confidence in zip(labels, probabilities, confidences, strict=True):
         found = boxes[label.index - 1] if label.index <= len(boxes) else None
         box = _widened(found or (slice(0, 0),) * 3, label_map.shape, SOFT_REACH)
         mask = label_map[box] == label.index
@@ -225,13 +245,14 @@ def measure(
         for key in MAPS:
             values = maps[key][box][mask] if key in maps else np.empty(0)
             row |= {f"{key}_{name}": value for name, value in _statistics(values)}
+        row["confidence"] = confidence
         n_components, lost = components[label.abbreviation]
         row["qc_n_components"] = n_components
         row["qc_mean_probability"] = (
             float(probability[box][mask].mean(dtype=np.float64)) if n_voxels else None
         )
         row["qc_touches_fov"] = int(_touches_end(mask, box, label_map.shape, field_of_view))
-        row["qc_flag"] = ";".join(_reasons(row, lost)) or "ok"
+        row["qc_flag"] = ";".join(_reasons(row, lost, calibration)) or "ok"
         rows.append(row)
     return rows
 
@@ -270,7 +291,7 @@ def _touches_end(
     return bool((around & ~field_of_view[box]).any())
 
 
-def _reasons(row: Row, lost: int) -> Iterator[str]:
+def _reasons(row: Row, lost: int, calibration: Calibration | None) -> Iterator[str]:
     n_voxels, volume, probability = (
         float(row[key] or 0) for key in ("n_voxels", "volume", "qc_mean_probability")
     )
@@ -283,6 +304,9 @@ def _reasons(row: Row, lost: int) -> Iterator[str]:
         yield "fragmented"
     if probability < LOW_PROBABILITY_BELOW:
         yield "low_probability"
+    confidence = row["confidence"]
+    if calibration and confidence is not None and float(confidence) < calibration.threshold:
+        yield "low_confidence"
     low, high = PLAUSIBLE_VOLUME_MM3.get(str(row["structure"]), (0.0, np.inf))
     if not low <= volume <= high:
         yield "implausible_volume"

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.errors import InputMissingError, ModelError, OutputError, StorageError
+from fdl_bidsapp.imaging.confidence import Calibration
 from fdl_bidsapp.labels import Label
 from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec
 from fdl_bidsapp.models.fdl import CONTRASTS, FusionNetwork, ModelSpec, build_network
@@ -560,6 +561,28 @@ def _spec_from_json(value: object) -> ModelSpec:
         provenance=_typed(values["provenance"], dict),
         # Files from before there were locators have none.
         locator=None if values.get("locator") is None else _spec_from_json(values["locator"]),
+        # Older files have no calibration, and neither have locators.
+        calibration=None
+        if values.get("calibration") is None
+        else _calibration_from_json(values["calibration"]),
+    )
+
+
+def _calibration_from_json(value: object) -> Calibration:
+    values = dict(_typed(value, dict))
+    _refuse_unknown(values, Calibration)
+    return Calibration(
+        weights={
+            contrast: {
+                structure: {
+                    name: float(_typed(weight, int, float))
+                    for name, weight in _typed(weights, dict).items()
+                }
+                for structure, weights in _typed(structures, dict).items()
+            }
+            for contrast, structures in _typed(values["weights"], dict).items()
+        },
+        threshold=float(_typed(values["threshold"], int, float)),
     )
 
 
@@ -588,7 +611,8 @@ def _volume_spec_from_json(value: object) -> VolumeSpec:
 
 
 def _refuse_unknown(
-    values: Mapping[str, Any], kind: type[ModelSpec] | type[FeatureSpec] | type[VolumeSpec]
+    values: Mapping[str, Any],
+    kind: type[ModelSpec] | type[FeatureSpec] | type[VolumeSpec] | type[Calibration],
 ) -> None:
     unknown = values.keys() - {field.name for field in fields(kind)}
     if unknown:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fdl_bidsapp.errors import ModelError
+from fdl_bidsapp.imaging.confidence import Calibration
 from fdl_bidsapp.labels import Label, by_abbreviation
 from fdl_bidsapp.models.backbones import Backbone, convolution_block, make_backbone
 from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec, FrozenFeatures
@@ -80,6 +81,8 @@ class ModelSpec:
         Specification of a second, coarse network, which finds where in the field of view the
         model's grid belongs: its one structure is a ball around the nuclei. Without it, windows of
         the grid's shape cover the head.
+    calibration
+        What Dice the model's probabilities lead to expect; without it, results have no confidence.
 
     Raises
     ------
@@ -111,6 +114,7 @@ class ModelSpec:
     features: Mapping[str, int] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
     locator: ModelSpec | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and self.name.isprintable(), "name", self.name, "one line of text")
@@ -191,6 +195,16 @@ class ModelSpec:
                 "locator's contrasts",
                 self.locator.contrasts,
                 "all that the model segments",
+            )
+        if self.calibration is not None:
+            known = {label.structure for label in self.labels}
+            calibrated = self.calibration.weights
+            _require(
+                set(calibrated) <= set(self.contrasts)
+                and all(set(structures) <= known for structures in calibrated.values()),
+                "calibration",
+                {contrast: list(structures) for contrast, structures in calibrated.items()},
+                "of contrasts and structures that the model segments",
             )
 
     @property

@@ -34,6 +34,7 @@ MEASURES = {
     "qsm_median": ("QSM median", "ppm", 4),
     "r2star_median": ("R2* median", "1/s", 1),
     "volume_fraction": ("Volume fraction", "of the brain", 6),
+    "confidence": ("Confidence", "expected Dice", 2),
     "qc_mean_probability": ("Mean probability", "", 2),
 }
 """What can be plotted: title, unit, digits."""

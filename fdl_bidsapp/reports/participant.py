@@ -33,6 +33,9 @@ GROUP_PAGE = "group_morph.html"
 HIGH_ABOVE, MODERATE_ABOVE = 0.9, 0.75
 """Mean probability over the mask, in words."""
 
+HIGH_DICE = 0.85
+"""Expected Dice from which confidence is called high."""
+
 ADVICE = {
     "empty": "Nothing was found. See whether the field of view holds the nucleus and the contrast "
     "shows it; draw it by hand where it does.",
@@ -41,6 +44,8 @@ ADVICE = {
     "fragmented": "More than a tenth of its voxels lay apart from the largest piece and were "
     "dropped: vessels or noise may have been taken for the nucleus.",
     "low_probability": "The network was unsure of most of it: look at the borders on all cuts.",
+    "low_confidence": "Segmentations like this one often overlap poorly with the true nucleus: "
+    "look at it, and leave it out where you cannot correct it.",
     "implausible_volume": "Its volume is outside the range of adult anatomy: part of it may be "
     "missing, or something else be included.",
 }
@@ -273,7 +278,13 @@ def _verdict(row: Row) -> tuple[str, str]:
 
 
 def _confidence(row: Row) -> str:
-    probability = row["qc_mean_probability"]
+    probability, confidence = row["qc_mean_probability"], row["confidence"]
+    if confidence is not None and probability is not None:
+        if "low_confidence" in (row["qc_flag"] or ""):
+            word = "low"
+        else:
+            word = "high" if confidence >= HIGH_DICE else "moderate"
+        return f"Confidence {word}: a Dice of {confidence:.2f} with the true nucleus is expected."
     if probability is None:
         return ""
     if probability >= HIGH_ABOVE:
@@ -463,6 +474,8 @@ def _measures(scan: ScanResult, about: Surroundings) -> Row:
         columns += [f"{title} mean ± SD ({unit})"]
         columns += ["normal"] if f"{key}_mean" in ranges else []
     columns += ["Asymmetry (%)", "Probability"]
+    calibrated = any(row["confidence"] is not None for row in scan.measures)
+    columns += ["Expected Dice"] if calibrated else []
     rows = []
     for row in scan.measures:
         far = about.outliers.get((scan.name, row["abbreviation"]), "")
@@ -480,8 +493,8 @@ def _measures(scan: ScanResult, about: Surroundings) -> Row:
                 words = f"{_shown(normal[0], key)} – {_shown(normal[1], key)}" if normal else "n/a"
                 cells.append({"text": words, "out": False})
         cells.append({"text": _asymmetry(scan, row), "out": False})
-        probability = row["qc_mean_probability"]
-        cells.append({"text": "n/a" if probability is None else f"{probability:.2f}", "out": False})
+        for value in (row["qc_mean_probability"], row["confidence"])[: 1 + calibrated]:
+            cells.append({"text": "n/a" if value is None else f"{value:.2f}", "out": False})
         rows.append({"name": row["name"], "cells": cells})
     return {"columns": columns, "rows": rows, "caption": _measures_caption(ranges, about)}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fdl_bidsapp.imaging.confidence import INTERCEPT, SIGNS, Calibration
 from fdl_bidsapp.imaging.measure import COLUMNS, label_map, largest_components, measure
 from fdl_bidsapp.labels import by_abbreviation, nuclei
 
@@ -164,3 +165,33 @@ def test_every_nucleus_has_a_plausible_volume(label):
     probabilities = np.ones((1, *SHAPE), "f4")
     (row,) = measure(labels, probabilities, (label,), AFFINE, {})
     assert row["qc_flag"] == "implausible_volume"
+
+
+def calibration(threshold=0.7, structure="red_nucleus"):
+    weights = {INTERCEPT: -1.0, **dict.fromkeys(SIGNS, 0.0), "mean_probability": 1.0}
+    return Calibration({"qsm": {structure: weights}}, threshold)
+
+
+def test_confidence_is_the_expected_dice_of_the_target():
+    expected = 1 / (1 + np.exp(1) * 0.1 / 0.9)
+    options = {"target": "qsm", "calibration": calibration()}
+    rows = rows_of(scene(), **options)
+    assert rows["RNL"]["confidence"] == pytest.approx(expected, abs=1e-4)
+    assert rows["RNL"]["qc_flag"] == "ok"
+    assert rows["DNR"]["confidence"] is None
+    assert rows_of(scene(), **options | {"target": "swi"})["RNL"]["confidence"] is None
+    assert rows_of(scene())["RNL"]["confidence"] is None
+
+
+def test_low_confidence_is_flagged():
+    options = {"target": "qsm", "calibration": calibration(threshold=0.8)}
+    rows = rows_of(scene(), **options)
+    assert rows["RNL"]["qc_flag"] == "low_confidence"
+    assert rows["DNR"]["qc_flag"] == "ok"
+
+
+def test_an_absent_structure_has_no_confidence_at_all_and_a_flag():
+    probabilities = scene()
+    probabilities[0] = 0
+    row = rows_of(probabilities, target="qsm", calibration=calibration())["RNL"]
+    assert (row["confidence"], row["qc_flag"]) == (0, "empty")

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from fdl_bidsapp.errors import FdlError, InputMissingError, ModelError, OutputError, StorageError
+from fdl_bidsapp.imaging.confidence import INTERCEPT, SIGNS, Calibration
 from fdl_bidsapp.labels import Label, by_abbreviation, nuclei
 from fdl_bidsapp.models import bundle
 from fdl_bidsapp.models.bundle import load_bundle, save_bundle, shipped_models
@@ -226,14 +227,14 @@ def test_every_setting_has_to_be_there_and_of_its_type(model, key):
     for wrong in (None, [], {}, "", -1, 1e300, True, ["x"] * 3, [[1]] * 3, {"x": []}):
         if key == "provenance" and isinstance(wrong, dict):
             continue
-        if (key, wrong) in (("features", {}), ("locator", None)):
+        if (key, wrong) in (("features", {}), ("locator", None), ("calibration", None)):
             continue
         altered = {**spec, key: wrong}
         rewrite(model, tensors, {**content, "spec": altered})
         refusal(model)
     rewrite(model, tensors, {**content, "spec": {k: v for k, v in spec.items() if k != key}})
-    if key in ("features", "locator"):
-        # Files from before there were features and locators are read as what they are.
+    if key in ("features", "locator", "calibration"):
+        # Files from before there were such things are read as what they are.
         assert not getattr(load_bundle(model).spec, key)
     else:
         assert key in refusal(model)
@@ -332,3 +333,49 @@ def test_a_locator_that_cannot_serve_is_refused(changes):
     settings = {"method": "none", "labels": by_abbreviation(["RNL"]), **changes}
     with pytest.raises(ModelError, match="locator"):
         ModelSpec("located", locator=ModelSpec("coarse", **settings))
+
+
+WEIGHTS = {INTERCEPT: 0.3, **{name: 0.5 * sign for name, sign in SIGNS.items()}}
+CALIBRATED = dataclasses.replace(
+    SPEC, calibration=Calibration({"qsm": {"red_nucleus": WEIGHTS}}, threshold=0.74)
+)
+
+
+def test_a_calibration_comes_back(tmp_path):
+    path = tmp_path / "calibrated.safetensors"
+    save_bundle(path, build_network(CALIBRATED), CALIBRATED)
+    assert load_bundle(path).spec == CALIBRATED
+
+
+@pytest.mark.parametrize(
+    ("setting", "wrong"),
+    [("threshold", value) for value in (0, 1, -0.2, 1e9, "0.7", None, True, float("nan"), 10**400)]
+    + [
+        ("weights", value)
+        for value in (
+            {},
+            [],
+            None,
+            {"t1w": {"red_nucleus": WEIGHTS}},
+            {"swi": {"red_nucleus": WEIGHTS}},
+            {"qsm": {}},
+            {"qsm": None},
+            {"qsm": {"thalamus": WEIGHTS}},
+            {"qsm": {"red_nucleus": []}},
+            {"qsm": {"red_nucleus": {}}},
+            {"qsm": {"red_nucleus": {**WEIGHTS, "more": 1.0}}},
+            *(
+                {"qsm": {"red_nucleus": {**WEIGHTS, "soft_dice": weight}}}
+                for weight in ("1", None, True, [1.0], -0.5, float("nan"), float("inf"), 1e5)
+            ),
+        )
+    ]
+    + [("more", 1)],
+)
+def test_a_calibration_that_makes_no_sense_is_refused(tmp_path, setting, wrong):
+    path = tmp_path / "calibrated.safetensors"
+    save_bundle(path, build_network(CALIBRATED), CALIBRATED)
+    tensors, content = parts(path)
+    content["spec"]["calibration"][setting] = wrong
+    rewrite(path, tensors, content)
+    refusal(path)

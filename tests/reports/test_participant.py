@@ -113,6 +113,27 @@ def test_flags_are_told_in_words(output: Any) -> None:
     assert set(ADVICE) == set(COLUMNS["qc_flag"]["Levels"]) - {"ok"}
 
 
+@pytest.mark.parametrize(
+    ("confidence", "flag", "word"),
+    [("0.91", "ok", "high"), ("0.8", "ok", "moderate"), ("0.64", "low_confidence", "low")],
+)
+def test_a_calibrated_model_says_which_dice_is_expected(
+    output: Any, confidence: str, flag: str, word: str
+) -> None:
+    output.add("01", PAIR, cells={"confidence": confidence, "qc_flag": flag})
+    words = page(output).words
+    assert f"Confidence {word}: a Dice of {float(confidence):.2f}" in words
+    assert "Expected Dice" in words
+    assert (ADVICE["low_confidence"] in words) == (flag == "low_confidence")
+
+
+def test_a_model_without_calibration_says_how_sure_it_was(output: Any) -> None:
+    output.add("01", PAIR)
+    words = page(output).words
+    assert "Confidence high: mean probability 0.93 over the mask" in words
+    assert "Expected Dice" not in words
+
+
 def test_a_failed_scan_says_cause_remedy_and_file(output: Any) -> None:
     error = {"Path": "/data/x.nii", "Cause": "the file is cut short", "Remedy": "copy it again"}
     output.add("01", Error=error)

@@ -183,7 +183,8 @@ class DeliverScan(SimpleInterface):
         from fdl_bidsapp.pipeline import load_images, to_native, to_standard
         from fdl_bidsapp.reports.reportlets import draw_scan
 
-        labels = load_model(self.inputs.model, self.inputs.model_sha256).spec.labels
+        spec = load_model(self.inputs.model, self.inputs.model_sha256).spec
+        labels = spec.labels
         images = load_images(self.inputs.images)
         if self.inputs.note:
             images = replace(images, notes=(*images.notes, self.inputs.note))
@@ -219,6 +220,7 @@ class DeliverScan(SimpleInterface):
             standard,
             figures,
             self.inputs.maps,
+            spec.calibration,
         )
         self._results["record"] = str(output_path(out, scan.entities, "morph", extension=".json"))
         return runtime
