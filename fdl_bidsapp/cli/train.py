@@ -33,6 +33,7 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--targets", nargs="+", choices=CONTRASTS, help="contrasts to segment")
     train.add_argument("--modalities", nargs="+", choices=CONTRASTS, help="for multimodal fusion")
     train.add_argument("--structures", nargs="+", metavar="ABBREVIATION")
+    train.add_argument("--init", metavar="NAME|FILE", help="model to go on from, such as default")
     train.add_argument("--method", choices=METHODS)
     train.add_argument("--backbone", metavar="NAME", help="unet, dynunet, segresnet, unetr")
     train.add_argument("--spectrum", choices=("centred", "released"))
@@ -43,8 +44,8 @@ def add_commands(commands: Any) -> None:
     train.add_argument(
         "--recipe",
         metavar="NAME",
-        help="paper or strong; without labelled scans: cifl trains contrast-invariant features,"
-        " pedqnet a reconstruction of QSM, brainmask a brain mask",
+        help="paper, strong or finetune; without labelled scans: cifl trains contrast-invariant"
+        " features, pedqnet a reconstruction of QSM, brainmask a brain mask",
     )
     train.add_argument("--steps", type=int, metavar="N")
     train.add_argument("--n-train", type=int, metavar="N", help="use the first N training cases")

@@ -439,14 +439,15 @@ def load_case(
             path=labelled.label,
         )
     moved = canonical(nib.Nifti1Image(classes, images.affine))
-    i, j, k = (int(n) for n in canvas.starts[0])
-    return Case(
-        labelled.name,
-        labelled.participant,
-        canvas.maps,
-        conform(moved, shape, canvas.affine, order=0).astype(np.uint8),
-        (i, j, k),
-    )
+    on_canvas = conform(moved, shape, canvas.affine, order=0).astype(np.uint8)
+    if len(canvas.starts):
+        start = canvas.starts[0]
+    else:
+        # The model looks for its window itself; where it ought to find it is known here.
+        inside = np.argwhere(on_canvas > 0)
+        start = np.round((inside.min(0) + inside.max(0) + 1 - np.array(spec.grid_shape)) / 2)
+    i, j, k = (int(n) for n in start)
+    return Case(labelled.name, labelled.participant, canvas.maps, on_canvas, (i, j, k))
 
 
 def load_cases(

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from fdl_bidsapp.errors import DataError, InputMissingError, ModelError, OutputError, UsageError
-from fdl_bidsapp.models.bundle import FeatureBundle, load_features, save_bundle
+from fdl_bidsapp.models.bundle import (
+    Bundle,
+    FeatureBundle,
+    load_bundle,
+    load_features,
+    save_bundle,
+)
 from fdl_bidsapp.models.cifl import FrozenFeatures
 from fdl_bidsapp.models.fdl import CONTRASTS, FusionNetwork, ModelSpec, build_network
 from fdl_bidsapp.models.inference import resolve_device
@@ -33,6 +39,19 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PATHS = ("table", "bids_dir", "labels_dir", "labels")
+
+OF_THE_NETWORK = (
+    "method",
+    "backbone",
+    "backbone_options",
+    "theta",
+    "spectrum",
+    "fusion_channels",
+    "grid_shape",
+    "grid_spacing",
+    "features",
+)
+"""Settings that a model to go on from has already."""
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
@@ -65,8 +84,11 @@ class TrainingSettings:
         Use only so many training cases, the first ones; all if 0.
     validation_share
         Share of the participants held back, where a BIDS dataset has no splits.
+    init
+        Name or file of a model to go on from; none if empty. Its grid, network, locator and bank
+        are kept, and of its structures those that are wanted.
     method, backbone, backbone_options, theta, spectrum, fusion_channels, grid_shape, grid_spacing
-        As in :class:`fdl_bidsapp.models.fdl.ModelSpec`.
+        As in :class:`fdl_bidsapp.models.fdl.ModelSpec`; not to be given with ``init``.
     features
         Name or file of a network of contrast-invariant features to stand before the network; none
         if empty.
@@ -89,6 +111,7 @@ class TrainingSettings:
     modalities: tuple[str, ...] = ()
     n_train: int = 0
     validation_share: float = 0.2
+    init: str = ""
     method: str = "late"
     backbone: str = "unet"
     backbone_options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
@@ -119,9 +142,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"this is no TOML file ({' '.join(str(error).split())})", "correct it", path=path
         ) from error
-    for key in (*PATHS, "features"):
+    for key in (*PATHS, "features", "init"):
         value = values.get(key)
-        # Features may also be the name of a shipped model.
+        # The last two may also be the name of a shipped model.
         if isinstance(value, str) and value and (key in PATHS or value.endswith(".safetensors")):
             values[key] = str(path.parent / value)
     if isinstance(values.get("derivatives"), list):
@@ -282,6 +305,54 @@ def make_spec(
     return spec, known
 
 
+def continued_spec(settings: TrainingSettings, base: Bundle) -> tuple[ModelSpec, frozenset[int]]:
+    """Make the specification of a model that goes on from another, and tell the known values.
+
+    Raises
+    ------
+    UsageError
+        A setting asks for another network, or for what the other model does not segment.
+    """
+    given = [k for k in OF_THE_NETWORK if getattr(settings, k) != getattr(TrainingSettings(), k)]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)} cannot be chosen where training goes on from a model",
+            "leave them out, or leave out init",
+        )
+    own_table = settings.labels or (Path(settings.labels_dir) / "dseg.tsv").is_file()
+    labels, known = base.spec.labels, frozenset(label.index for label in base.spec.labels)
+    if own_table or settings.structures:
+        labels, known = known_labels(
+            settings.labels or None, settings.labels_dir or None, settings.structures
+        )
+    theirs = {label.abbreviation for label in base.spec.labels}
+    missing = [label.abbreviation for label in labels if label.abbreviation not in theirs]
+    if missing:
+        raise UsageError(
+            f"the model {base.spec.name!r} does not segment {', '.join(missing)}",
+            f"choose --structures among {', '.join(sorted(theirs))}, or train without init",
+        )
+    absent = sorted(set(settings.targets) - set(base.spec.contrasts))
+    if absent:
+        raise UsageError(
+            f"the model {base.spec.name!r} does not segment {', '.join(absent)}",
+            f"choose --targets among {', '.join(base.spec.contrasts)}",
+        )
+    spec = replace(base.spec, name=settings.name, contrasts=settings.targets, labels=labels)
+    return spec, known
+
+
+def continued_state(base: Bundle, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Return a model's weights, with the rows of its last layer that the structures need."""
+    order = [label.abbreviation for label in base.spec.labels]
+    rows = [0, *(1 + order.index(label.abbreviation) for label in spec.labels)]
+    last = "head.1" if spec.method in ("late", "multimodal") else "head"
+    state = dict(base.state)
+    for name in (f"{last}.weight", f"{last}.bias"):
+        state[name] = state[name][rows]
+    return state
+
+
 def fit(
     settings: TrainingSettings,
     output: Path,
@@ -315,10 +386,16 @@ def fit(
     """
     recipe = make_recipe(settings.recipe, options_of(settings.recipe, settings.recipe_options))
     features = load_volume_features(settings.features) if settings.features else None
-    spec, known = make_spec(settings, recipe, features)
+    base = load_bundle(settings.init) if settings.init else None
+    if base is None:
+        spec, known = make_spec(settings, recipe, features)
+    else:
+        spec, known = continued_spec(settings, base)
     where = resolve_device(device)
     torch.manual_seed(settings.seed)
     network = build_network(spec)
+    if base is not None:
+        network.load_state_dict(continued_state(base, spec))
     if features is not None:
         network.front.load_state_dict(FrozenFeatures(features.network()).state_dict())
     scans = labelled_scans(settings)
@@ -329,8 +406,8 @@ def fit(
     cases = {
         split: load_cases(some, spec, known, settings.modalities) for split, some in chosen.items()
     }
-    bank = {}
-    if spec.method == "multimodal":
+    bank = {} if base is None else base.bank
+    if base is None and spec.method == "multimodal":
         bank = make_bank(cases["train"], spec, settings.modalities, network.front)
         missing = [contrast for contrast in settings.modalities if contrast not in bank]
         if missing:
@@ -353,6 +430,7 @@ def fit(
     mixed = recipe.schedule.mixed_precision
     configuration = _configuration(settings, chosen, spec)
     configuration["features"] = features.sha256 if features is not None else ""
+    configuration["init"] = base.sha256 if base is not None else ""
     trained = train(
         network,
         batches.draw,
@@ -468,6 +546,7 @@ def _provenance(
         "recipe_options": options_of(settings.recipe, settings.recipe_options),
         "seed": settings.seed,
         "features": configuration["features"],
+        "init": configuration["init"],
         "train_cases": configuration["train cases"],
         "steps": trained.steps,
         "step_of_weights": trained.step,

@@ -97,8 +97,18 @@ RECIPES = {
         intensity=None,
         schedule=Schedule(5000, learning_rate=3e-3, weight_decay=1e-2, average=0.998),
     ),
+    "finetune": Recipe(
+        loss="dice_cross_entropy",
+        batch=1,
+        augment=1.0,
+        intensity=None,
+        schedule=Schedule(
+            500, learning_rate=5e-4, weight_decay=1e-2, average=0.99, validate_every=100
+        ),
+    ),
 }
-"""``paper``: as published (arXiv 2302.12980). ``strong``: what works today."""
+"""``paper``: as published (arXiv 2302.12980). ``strong``: what works today. ``finetune``: a short
+one for a model that goes on from another."""
 
 FEATURE_RECIPE = FeatureRecipe(
     batch=4,

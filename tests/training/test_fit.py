@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from fdl_bidsapp.errors import DataError, FdlError, InputMissingError, UsageError
-from fdl_bidsapp.models.bundle import load_bundle
+from fdl_bidsapp.models.bundle import load_bundle, save_bundle
+from fdl_bidsapp.models.fdl import ModelSpec, build_network
 from fdl_bidsapp.training.cases import read_table
 from fdl_bidsapp.training.evaluate import MEAN, evaluate
-from fdl_bidsapp.training.fit import fit, make_settings, read_toml
+from fdl_bidsapp.training.fit import (
+    OF_THE_NETWORK,
+    continued_spec,
+    continued_state,
+    fit,
+    make_settings,
+    read_toml,
+)
 
 from .conftest import ball, save
 
@@ -163,3 +174,78 @@ def test_paths_in_a_toml_file_are_relative_to_it(tmp_path):
         read_toml(path)
     with pytest.raises(InputMissingError):
         read_toml(tmp_path / "none.toml")
+
+
+@pytest.fixture
+def base(labelled_set, quick, tmp_path):
+    """A model of two structures with a locator and a bank, and settings to go on from it."""
+    labelled_set(suffixes=("qsm", "imag"))
+    values = {**quick, "method": "multimodal", "modalities": ["imag"], "targets": ["qsm"]}
+    path = fit(make_settings(values), tmp_path / "plain.safetensors", device="cpu")
+    bundle = load_bundle(path)
+    locator = ModelSpec(
+        "locator",
+        method="none",
+        backbone_options={"width": 4, "levels": 2},
+        grid_shape=(8, 8, 8),
+        grid_spacing=(4.0, 4.0, 4.0),
+        contrasts=("qsm", "imag"),
+        labels=bundle.spec.labels[:1],
+    )
+    spec = replace(bundle.spec, name="base", contrasts=("qsm", "imag"), locator=locator)
+    network = build_network(spec)
+    network.load_state_dict(bundle.state, strict=False)
+    path = tmp_path / "base.safetensors"
+    save_bundle(path, network, spec, bundle.bank)
+    rest = {key: value for key, value in quick.items() if key not in OF_THE_NETWORK}
+    return load_bundle(path), {**rest, "init": str(path)}
+
+
+def test_a_training_goes_on_from_a_model(base, tmp_path):
+    before, values = base
+    still = {**values["recipe_options"], "learning_rate": 1e-12, "weight_decay": 0.0}
+    settings = make_settings({**values, "recipe_options": still})
+    after = load_bundle(fit(settings, tmp_path / "same.safetensors", device="cpu"))
+    for name, tensor in before.state.items():
+        np.testing.assert_allclose(after.state[name], tensor, atol=1e-6, err_msg=name)
+    assert after.spec.locator == before.spec.locator
+    assert after.spec.contrasts == ("qsm",)
+    assert after.bank.keys() == before.bank.keys()
+    assert after.spec.provenance["init"] == before.sha256
+    moving = make_settings({**values, "recipe": "finetune"})
+    moved = load_bundle(fit(moving, tmp_path / "moved.safetensors", device="cpu"))
+    assert not torch.equal(moved.state["head.1.weight"], before.state["head.1.weight"])
+    assert torch.equal(moved.state["locator.head.weight"], before.state["locator.head.weight"]), (
+        "the locator is no part of it"
+    )
+
+
+def test_of_a_models_structures_only_the_wanted_ones_stay(base):
+    before, values = base
+    settings = make_settings({**values, "structures": ["Darkball"]})
+    spec, known = continued_spec(settings, before)
+    assert [label.abbreviation for label in spec.labels] == ["Darkball"]
+    assert known == {1, 2}
+    network = build_network(spec)
+    network.load_state_dict(continued_state(before, spec))
+    image = torch.rand(1, 1, 16, 16, 12)
+    with torch.inference_mode():
+        (wanted,) = before.network()(image)
+        (found,) = network.eval()(image)
+    torch.testing.assert_close(found, wanted[:, [0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "early"}, "method cannot be chosen"),
+        ({"grid_shape": [24, 24, 24]}, "grid_shape cannot be chosen"),
+        ({"targets": ["swi"]}, "does not segment swi"),
+        ({"labels": "", "structures": ["RNL"]}, "does not segment RNL"),
+        ({"init": "no such model"}, "no such model"),
+    ],
+)
+def test_what_a_model_cannot_give_is_refused(base, tmp_path, change, said):
+    settings = make_settings({**base[1], **change})
+    with pytest.raises(FdlError, match=said):
+        fit(settings, tmp_path / "model.safetensors", device="cpu")
