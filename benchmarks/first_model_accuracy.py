@@ -65,10 +65,11 @@ def main() -> None:
                 found = out / reference.relative_to(truth).with_name(
                     f"{prefix}_space-orig_seg-fdl_dseg.nii.gz"
                 )
-                if not found.exists():
-                    continue
                 true = np.asarray(nib.load(reference).dataobj)
-                mine = np.asarray(nib.load(found).dataobj)
+                # A scan that failed counts, as nothing found.
+                mine = np.zeros_like(true)
+                if found.exists():
+                    mine = np.asarray(nib.load(found).dataobj)
                 for label in bundle.spec.labels:
                     a, b = mine == label.index, true == label.index
                     rows.append(
