@@ -6,12 +6,12 @@
         --labels-dir ../shared/data/headlabels --work WORK2
     python benchmarks/calibrate_confidence.py check --model CALIBRATED --work WORK2
 
-``fit`` simulates fresh scans of the heads that the model was trained on (ordinary ones, the full
-range, and the full range with effects at their harsh end), segments them with the same functions as
-the app, and fits the Dice of each structure to what describes it. Whether a structure has weights
-of its own for each target or the same for all is chosen by what foretells the Dice of heads that
-were left out; so is the threshold of the flag. The weights of the network stay as they are. ``fit``
-goes on where it was stopped.
+``fit`` simulates fresh scans of the heads that the model was trained on: ordinary ones, the full
+range, the same with effects at their harsh end, slabs that hold some nuclei or none. It segments
+them with the same functions as the app, and fits the Dice of each structure to what describes it.
+Whether a structure has weights of its own for each target or the same for all is chosen by what
+foretells the Dice of heads that were left out; so is the threshold of the flag. The weights of the
+network stay as they are. ``fit`` goes on where it was stopped.
 
 ``check`` takes the cases that ``default_model_accuracy.py`` has measured on the test heads, and
 draws expected against true Dice, and counts how many of the bad ones were flagged.
@@ -47,11 +47,13 @@ from fdl_bidsapp.imaging.confidence import (
     fit_weights,
 )
 from fdl_bidsapp.models.bundle import load_bundle, save_bundle
-from fdl_bidsapp.simulation.parameters import effects, generator, understood
+from fdl_bidsapp.simulation.parameters import Value, effects, generator, understood
 
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "confidence.png"
 HARSH = 3
-"""Effects at their harsh end in every fourth scan."""
+"""Effects at their harsh end in one of four scans."""
+SLABS, OFFSETS = (40.0, 70.0), (20.0, 80.0)
+"""Thickness and displacement of slabs that lie too high, in one of eight scans, mm."""
 FOLDS = 4
 BINS = 10
 CAUGHT, WRONGLY = 0.9, 0.1
@@ -149,15 +151,18 @@ def fit(options: argparse.Namespace) -> None:
 
 
 def calibration_draw(i: int, heads: Sequence[str], seed: int, words: Sequence[str]) -> Draw:
-    """Return the i-th scan: one ordinary, two of the full range, one of it with harsh effects."""
-    forced = understood(dict(word.split("=", 1) for word in words))
-    if i % 4 == 3:
-        chosen = generator([seed, i], "harsh effects").permutation(list(effects()))[:HARSH]
-        forced = {**{str(name): "harsh" for name in chosen}, **forced}
+    """Return the i-th scan; of eight, two are ordinary, four of the full range."""
+    given = understood(dict(word.split("=", 1) for word in words))
+    forced: dict[str, Value] = {}
+    rng = generator([seed, i], "kind of scan")
+    if i % 8 == 7:
+        forced = {"slab": rng.uniform(*SLABS), "slab_offset": rng.uniform(*OFFSETS)}
+    elif i % 4 == 3:
+        forced = {str(name): "harsh" for name in rng.permutation(list(effects()))[:HARSH]}
     # Each head comes in each kind.
     head = heads[(i + i // len(heads)) % len(heads)]
     profile = "ordinary" if i % 4 == 0 else "full"
-    return Draw(f"calibration{i:04d}", "calibration", head, (seed, i), profile, forced)
+    return Draw(f"calibration{i:04d}", "calibration", head, (seed, i), profile, {**given, **forced})
 
 
 @lru_cache(maxsize=1)
@@ -303,7 +308,8 @@ def check(options: argparse.Namespace) -> None:
     shown = table[(table["target"] == "all") | (table["structure"] == "all")]
     shown = shown.drop(columns=["model_sha256", "command", "machine", "versions"])
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    draw_reliability(cases[cases["group"].isin(["ordinary", "full", "effects"])], options.figure)
+    shown = cases[cases["group"].isin(["ordinary", "full", "effects"])]
+    draw_reliability(shown, bundle.spec.calibration.threshold, options.figure)
     print(f"{path}\n{options.figure}")
 
 
@@ -354,7 +360,7 @@ def _rates(cases: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def draw_reliability(cases: pd.DataFrame, path: Path) -> None:
+def draw_reliability(cases: pd.DataFrame, threshold: float, path: Path) -> None:
     """Draw true against expected Dice, a panel for each structure, a colour for each target."""
     import matplotlib
 
@@ -389,10 +395,14 @@ def draw_reliability(cases: pd.DataFrame, path: Path) -> None:
             axis.plot(x, y, "o-", ms=5, lw=1.5, color=colour, label=CONTRASTS[target][0])
         axis.plot([0, 1], [0, 1], "--", lw=1, color="0.4")
         axis.axhline(BAD_DICE, lw=0.8, color="0.75", zorder=0)
-        axis.set(xlim=(0.2, 1), ylim=(0, 1), title=structure.replace("_", " ").capitalize())
+        axis.axvspan(0, threshold, color="0.94", zorder=-1)
+        axis.set(
+            xlim=(0, 1), ylim=(0, 1), aspect="equal", title=structure.replace("_", " ").capitalize()
+        )
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(structures) :]:
         axis.set_visible(False)
+    axes[0, 0].text(0.02, 0.96, "flagged", color="0.35", fontsize=9)
     axes[0, 0].legend(frameon=False, loc="lower right", fontsize=9)
     figure.supxlabel("Confidence (expected Dice)")
     figure.supylabel("Dice with the truth")

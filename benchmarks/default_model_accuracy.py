@@ -473,6 +473,8 @@ def judged(value: float, bar: float | None, more: bool) -> dict[str, Any]:
     """Say whether a figure meets its bar."""
     if bar is None:
         return {"bar": None, "met": None}
+    if np.isnan(value):
+        return {"bar": bar, "met": "n/a"}
     met = value >= bar if more else abs(value) <= bar
     return {"bar": bar, "met": "met" if met else "missed"}
 
