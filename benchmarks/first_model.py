@@ -2,7 +2,7 @@
 
 Two networks: a coarse one finds the region of the nuclei, the other segments them there.
 
-    python benchmarks/first_model.py CACHE OUTPUT.safetensors [--heads 56] [--minutes 100]
+    python benchmarks/first_model.py CACHE OUTPUT.safetensors [--heads 56] [--minutes 125]
 
 Run it again after an interruption and it goes on. Seeds from 0 up are for training;
 `benchmarks/first_model_accuracy.py` measures on the demonstration's own stream of heads.
@@ -69,11 +69,11 @@ class Phase:
 # Weighted voxels find the structures soon, then their true size is learnt, then on the model's own
 # grid; the magnitude, in which the nuclei are seen worst, needs the longest.
 PHASES = {
-    "find": Phase(0.13, 1.0, 20.0, (64, 80, 64), CONTRASTS),
-    "draw": Phase(0.44, 1.0, 1.0, (72, 88, 72), CONTRASTS),
-    "whole": Phase(0.31, 0.6, 1.0, GRID, CONTRASTS),
+    "find": Phase(0.11, 1.0, 20.0, (64, 80, 64), CONTRASTS),
+    "draw": Phase(0.36, 1.0, 1.0, (72, 88, 72), CONTRASTS),
+    "whole": Phase(0.25, 0.6, 1.0, GRID, CONTRASTS),
     "magnitude": Phase(
-        0.12, 0.3, 1.0, GRID, {"qsm": 0.2, "r2star": 0.15, "imag": 0.6, "swi": 0.05}
+        0.28, 0.4, 1.0, GRID, {"qsm": 0.2, "r2star": 0.15, "imag": 0.6, "swi": 0.05}
     ),
 }
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--heads", type=int, default=56)
-    parser.add_argument("--minutes", type=float, default=100)
+    parser.add_argument("--minutes", type=float, default=125)
     parser.add_argument("--steps", type=int, default=40000)
     parser.add_argument("--locator-steps", type=int, default=3500)
     parser.add_argument("--width", type=int, default=8)
