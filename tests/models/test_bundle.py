@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fdl_bidsapp.errors import FdlError, InputMissingError, ModelError, OutputError, StorageError
 from fdl_bidsapp.imaging.confidence import INTERCEPT, SIGNS, Calibration
@@ -379,3 +381,27 @@ def test_a_calibration_that_makes_no_sense_is_refused(tmp_path, setting, wrong):
     content["spec"]["calibration"][setting] = wrong
     rewrite(path, tensors, content)
     refusal(path)
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["weights", "threshold", "qsm", "red_nucleus", INTERCEPT, *SIGNS]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(value=JSON.filter(lambda value: value is not None))
+def test_no_calibration_of_any_kind_gets_through_as_another_error(value):
+    spec = json.loads(json.dumps(dataclasses.asdict(CALIBRATED)))
+    content = {"spec": {**spec, "calibration": value}}
+    with pytest.raises(ModelError, match=r"calibration|specification"):
+        bundle._rebuilt(bundle._spec_from_json, content, Path("model.safetensors"))
