@@ -338,7 +338,14 @@ def continued_spec(settings: TrainingSettings, base: Bundle) -> tuple[ModelSpec,
             f"the model {base.spec.name!r} does not segment {', '.join(absent)}",
             f"choose --targets among {', '.join(base.spec.contrasts)}",
         )
-    spec = replace(base.spec, name=settings.name, contrasts=settings.targets, labels=labels)
+    # What the base's probabilities are worth says nothing of the model to come.
+    spec = replace(
+        base.spec,
+        name=settings.name,
+        contrasts=settings.targets,
+        labels=labels,
+        calibration=None,
+    )
     return spec, known
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fdl_bidsapp.errors import DataError, FdlError, InputMissingError, UsageError
+from fdl_bidsapp.imaging.confidence import SIGNS, Calibration
 from fdl_bidsapp.models.bundle import load_bundle, save_bundle
 from fdl_bidsapp.models.fdl import ModelSpec, build_network
 from fdl_bidsapp.training.cases import read_table
@@ -192,7 +193,17 @@ def base(labelled_set, quick, tmp_path):
         contrasts=("qsm", "imag"),
         labels=bundle.spec.labels[:1],
     )
-    spec = replace(bundle.spec, name="base", contrasts=("qsm", "imag"), locator=locator)
+    flat = {"intercept": 0.5, **dict.fromkeys(SIGNS, 0.0)}
+    calibration = Calibration(
+        {"qsm": {label.structure: flat for label in bundle.spec.labels}}, threshold=0.5
+    )
+    spec = replace(
+        bundle.spec,
+        name="base",
+        contrasts=("qsm", "imag"),
+        locator=locator,
+        calibration=calibration,
+    )
     network = build_network(spec)
     network.load_state_dict(bundle.state, strict=False)
     path = tmp_path / "base.safetensors"
@@ -210,6 +221,7 @@ def test_a_training_goes_on_from_a_model(base, tmp_path):
         np.testing.assert_allclose(after.state[name], tensor, atol=1e-6, err_msg=name)
     assert after.spec.locator == before.spec.locator
     assert after.spec.contrasts == ("qsm",)
+    assert after.spec.calibration is None
     assert after.bank.keys() == before.bank.keys()
     assert after.spec.provenance["init"] == before.sha256
     moving = make_settings({**values, "recipe": "finetune"})
