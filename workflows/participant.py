@@ -78,7 +78,9 @@ def init_participant_wf(
         Folder of intermediate files.
     """
     workflow = Workflow("fdl", base_dir=str(work_dir))
-    workflow.add_nodes([init_scan_wf(name, job, settings, compute) for name, job in jobs.items()])
+    # Those that take minutes begin first: last, they would leave processors idle.
+    ordered = sorted(jobs.items(), key=lambda item: not needs_making(item[1].scan))
+    workflow.add_nodes([init_scan_wf(name, job, settings, compute) for name, job in ordered])
     return workflow
 
 

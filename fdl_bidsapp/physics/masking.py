@@ -54,17 +54,28 @@ def brain_mask(magnitude: Array, spacing: Sequence[float]) -> Array:
     bright = even > 0.5 * np.median(even[head])
     bright = _without_small_holes(bright & ndi.binary_dilation(head, iterations=2), sizes)
     depth = ndi.distance_transform_edt(bright, sampling=sizes)
-    found = np.zeros(image.shape, bool)
+
+    def whole(grown: Array) -> Array:
+        return ndi.binary_fill_holes(_largest(_closed(grown, 3.0, sizes)))
+
+    def too_large(mask: Array) -> bool:
+        return bool(mask.sum() * np.prod(sizes) / 1000 >= LARGEST_BRAIN)
+
+    found = grown = np.zeros(image.shape, bool)
     for bridge in BRIDGES:
         core = _largest(depth > bridge)
         if not core.any():
             break
         reach = ndi.distance_transform_edt(~core, sampling=sizes)
         grown = bright & (reach <= bridge + float(sizes.max()) / 2)
-        found = ndi.binary_fill_holes(_largest(_closed(grown, 3.0, sizes)))
-        if found.sum() * np.prod(sizes) / 1000 < LARGEST_BRAIN:
+        # Closing only adds, and is the dearest step.
+        if too_large(ndi.binary_fill_holes(_largest(grown))):
+            found = np.zeros(image.shape, bool)
+            continue
+        found = whole(grown)
+        if not too_large(found):
             break
-    return found
+    return found if found.any() or not grown.any() else whole(grown)
 
 
 def _otsu(image: Array) -> float:
