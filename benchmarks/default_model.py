@@ -24,6 +24,7 @@ import torch
 from fdl_bidsapp.imaging.grid import Grid
 from fdl_bidsapp.imaging.intensity import normalise
 from fdl_bidsapp.labels import Label, mirrored, nuclei
+from fdl_bidsapp.memory import kept_memory
 from fdl_bidsapp.models.bundle import save_bundle
 from fdl_bidsapp.models.fdl import CONTRASTS, ModelSpec, build_network
 from fdl_bidsapp.models.fourier import low_part
@@ -169,15 +170,16 @@ def fill_head(
     ]
     if not mine:
         return
-    head = read_head_map(label_map)
-    for files, seed in mine:
-        if files is heads:
-            cache_head(files[seed], head, seed)
-        else:
-            rng = np.random.default_rng(seed)
-            profile = "ordinary" if rng.random() < 0.5 else "full"
-            shortcut = bool(rng.random() < 0.7)
-            cache_region(files[seed], head, seed, GRID, profile=profile, shortcut=shortcut)
+    with kept_memory():
+        head = read_head_map(label_map)
+        for files, seed in mine:
+            if files is heads:
+                cache_head(files[seed], head, seed)
+            else:
+                rng = np.random.default_rng(seed)
+                profile = "ordinary" if rng.random() < 0.5 else "full"
+                shortcut = bool(rng.random() < 0.7)
+                cache_region(files[seed], head, seed, GRID, profile=profile, shortcut=shortcut)
 
 
 def specification(width: int) -> ModelSpec:

@@ -161,15 +161,17 @@ def _simulate(options: argparse.Namespace) -> int:
         print(f"simulated {scan}", file=sys.stderr)
 
     if options.labels_dir is None:
+        from fdl_bidsapp.memory import kept_memory
         from fdl_bidsapp.simulation.demo import simulate_dataset
 
-        simulate_dataset(
-            options.output,
-            options.truth,
-            participants=options.participants,
-            seed=options.seed,
-            progress=progress,
-        )
+        with kept_memory():
+            simulate_dataset(
+                options.output,
+                options.truth,
+                participants=options.participants,
+                seed=options.seed,
+                progress=progress,
+            )
         return 0
 
     from fdl_bidsapp.models.inference import resolve_device

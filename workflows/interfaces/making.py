@@ -7,6 +7,8 @@ from typing import Any
 
 from nipype.interfaces.base import BaseInterfaceInputSpec, SimpleInterface, TraitedSpec, traits
 
+from fdl_bidsapp.memory import kept_memory
+
 
 class _MakeInputs(BaseInterfaceInputSpec):
     scan = traits.Any(mandatory=True, desc="fdl_bidsapp.bids.inputs.Scan")
@@ -33,12 +35,13 @@ class MakeMaps(SimpleInterface):
         from fdl_bidsapp.making import make_maps
 
         torch.set_num_threads(self.inputs.threads)
-        made = make_maps(
-            self.inputs.scan,
-            self.inputs.recon,
-            Path(runtime.cwd),
-            threads=self.inputs.threads,
-            device=self.inputs.device,
-        )
+        with kept_memory():
+            made = make_maps(
+                self.inputs.scan,
+                self.inputs.recon,
+                Path(runtime.cwd),
+                threads=self.inputs.threads,
+                device=self.inputs.device,
+            )
         self._results.update(scan=made.scan, maps=made.maps)
         return runtime
