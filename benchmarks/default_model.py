@@ -80,8 +80,8 @@ class Phase:
 # Weighted voxels find the structures soon, then their true size is learnt, then on the model's own
 # grid.
 PHASES = {
-    "find": Phase(0.12, 1.0, 20.0, (64, 80, 72), (8, 16, 12)),
-    "draw": Phase(0.63, 1.0, 1.0, (64, 80, 72), (8, 16, 12)),
+    "find": Phase(0.12, 1.0, 20.0, (56, 72, 64), (8, 14, 12)),
+    "draw": Phase(0.63, 1.0, 1.0, (56, 72, 64), (8, 14, 12)),
     "whole": Phase(0.25, 0.4, 1.0, GRID.shape, (0, 0, 0)),
 }
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=240)
     parser.add_argument("--steps", type=int, default=60000)
     parser.add_argument("--locator-steps", type=int, default=3500)
-    parser.add_argument("--width", type=int, default=12)
+    parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -111,8 +111,9 @@ def main() -> None:
     started = time.time()
     spec = specification(options.width)
     folder = options.output.with_suffix(".run")
-    locator = train_locator(spec, heads, folder, options)
-    parts = train_parts(spec, regions, folder, options)
+    with kept_memory():
+        locator = train_locator(spec, heads, folder, options)
+        parts = train_parts(spec, regions, folder, options)
     provenance = {
         "data": f"{len(regions)} simulated scans of {options.heads} head label maps",
         "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; three phases",
@@ -214,7 +215,13 @@ def train_parts(
     torch.manual_seed(options.seed)
     network: torch.nn.Module = build_network(replace(spec, locator=None))
     patches = SimulatedPatches(
-        files, dict(spec.intensity), mirrored(spec.labels), SHARES, SEVERITY, theta=spec.theta
+        files,
+        dict(spec.intensity),
+        mirrored(spec.labels),
+        SHARES,
+        SEVERITY,
+        theta=spec.theta,
+        low_share=0.3,
     )
     steps = 0
     for name, phase in PHASES.items():

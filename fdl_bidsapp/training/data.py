@@ -164,8 +164,10 @@ class SimulatedPatches:
     severity
         How often and how much patches are degraded, from 0 to 1.
     theta
-        For multimodal fusion: the low part of one other contrast comes with each patch. ``None``
-        for other methods.
+        For multimodal fusion: the low part of another contrast comes with patches. ``None`` for
+        other methods.
+    low_share
+        How many patches it comes with: each costs a part of a step.
     """
 
     def __init__(
@@ -176,9 +178,11 @@ class SimulatedPatches:
         contrasts: dict[str, float],
         severity: float = 1.0,
         theta: float | None = None,
+        low_share: float = 1.0,
     ) -> None:
         self.severity = severity
         self.theta = theta
+        self.low_share = low_share
         self.scans = [np.load(file, mmap_mode="r") for file in files]
         self.swap = np.array([0, *(position + 1 for position in mirrored)], np.uint8)
         self.contrasts = contrasts
@@ -213,12 +217,12 @@ class SimulatedPatches:
         -------
         image : (1, 1, X, Y, Z) float32 tensor, normalised and augmented
         classes : (1, X, Y, Z) long tensor
-        low : (1, 1, n1, n2, n3) float32 tensor, with ``theta`` only
+        low : (1, 1, n1, n2, n3) float32 tensor, with ``theta`` only, and not with each patch
         """
         which = int(rng.integers(len(self.scans)))
         contrast = str(rng.choice(list(self.contrasts), p=list(self.contrasts.values())))
         drawn = [contrast]
-        if self.theta is not None:
+        if self.theta is not None and rng.random() < self.low_share:
             drawn.append(str(rng.choice([each for each in self.contrasts if each != contrast])))
         centre = self.centres[which] + rng.uniform(-1, 1, 3) * np.asarray(jitter)
         if rng.random() < 0.4:

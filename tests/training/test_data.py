@@ -181,6 +181,9 @@ def test_the_low_part_of_another_contrast_comes_along(tmp_path):
     # Both contrasts hold the same image here, so their low parts differ in brightness alone.
     own = low_part(whole, 0.2).ravel()
     assert np.corrcoef(own, low.ravel())[0, 1] > 0.9
+    seldom = SimulatedPatches(files, INTENSITY, (1, 0), shares, theta=0.2, low_share=0.3)
+    drawn = [seldom.draw(np.random.default_rng(i), (9, 9, 8), (0, 0, 0)) for i in range(60)]
+    assert 8 <= sum(len(each) == 3 for each in drawn) <= 30
 
 
 def test_some_patches_have_a_contrast_that_no_site_has(tmp_path):
