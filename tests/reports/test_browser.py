@@ -127,6 +127,15 @@ def test_pages_open_without_complaint_and_fit_the_window(
     assert driver.execute_script("return document.images.length") == (5 if "00" in name else 0)
 
 
+def test_every_plot_is_drawn_without_scrolling_there(driver: Chrome, pages: Path) -> None:
+    open_page(driver, pages / "group_morph.html")
+    time.sleep(1.0)
+    drawn = ink(driver)
+    assert len(drawn) == 8
+    assert min(drawn) > 0
+    assert complaints(driver) == []
+
+
 def test_the_table_sorts_and_filters(driver: Chrome, pages: Path) -> None:
     open_page(driver, pages / "group_morph.html")
     heads = driver.find_elements(By.CSS_SELECTOR, "#rows thead th")

@@ -584,18 +584,26 @@
     drawOutliers();
     drawTable();
   }
-  // Panels in view are drawn one a frame, so that the page answers meanwhile.
+  // Those in view come first, then the others; a few each frame, so that the page answers meanwhile.
+  const FRAME = 40;
+  function drawSome() {
+    const start = performance.now();
+    while (performance.now() - start < FRAME) {
+      const next = panels.find((panel) => panel.stale && visible.has(panel))
+        || panels.find((panel) => panel.stale);
+      if (!next) return;
+      next.stale = false;
+      draw(next);
+    }
+    later();
+  }
   let waiting = false;
   function later() {
     if (waiting) return;
     waiting = true;
     requestAnimationFrame(() => {
       waiting = false;
-      const next = panels.find((panel) => panel.stale && visible.has(panel));
-      if (!next) return;
-      next.stale = false;
-      draw(next);
-      later();
+      drawSome();
     });
   }
   const bind = (id, key, event) => $(id).addEventListener(event, () => {
@@ -619,5 +627,6 @@
   addEventListener("beforeprint", () => panels.forEach(draw));
   makeTable();
   refresh();
+  drawSome();
   document.documentElement.dataset.ready = "true";
 })();
