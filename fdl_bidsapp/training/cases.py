@@ -283,6 +283,7 @@ def known_labels(
     table: str | Path | None,
     labels_dir: str | Path | None,
     structures: Sequence[str],
+    otherwise: tuple[Label, ...] = (),
 ) -> tuple[tuple[Label, ...], frozenset[int]]:
     """Return the structures to segment, and all values that a label map may have.
 
@@ -295,6 +296,8 @@ def known_labels(
         The dataset of label maps, if there is one.
     structures
         Abbreviations of those to segment; all if empty. Needed with the app's own table.
+    otherwise
+        Structures to segment where there is neither table nor choice.
 
     Raises
     ------
@@ -304,6 +307,8 @@ def known_labels(
     if table is None and labels_dir is not None and (Path(labels_dir) / "dseg.tsv").is_file():
         table = Path(labels_dir) / "dseg.tsv"
     if table is None and not structures:
+        if otherwise:
+            return otherwise, frozenset(label.index for label in otherwise)
         raise UsageError(
             "nothing says what the label values mean",
             "give a label table with --labels, or the nuclei with --structures",
@@ -439,15 +444,24 @@ def load_case(
             path=labelled.label,
         )
     moved = canonical(nib.Nifti1Image(classes, images.affine))
-    on_canvas = conform(moved, shape, canvas.affine, order=0).astype(np.uint8)
     if len(canvas.starts):
         start = canvas.starts[0]
     else:
         # The model looks for its window itself; where it ought to find it is known here.
-        inside = np.argwhere(on_canvas > 0)
-        start = np.round((inside.min(0) + inside.max(0) + 1 - np.array(spec.grid_shape)) / 2)
+        inside = np.argwhere(classes > 0)
+        middle = (np.linalg.inv(canvas.affine) @ images.affine) @ [
+            *(inside.min(0) + inside.max(0)) / 2,
+            1,
+        ]
+        start = np.round(middle[:3] - (np.array(spec.grid_shape) - 1) / 2)
     i, j, k = (int(n) for n in start)
-    return Case(labelled.name, labelled.participant, canvas.maps, on_canvas, (i, j, k))
+    return Case(
+        labelled.name,
+        labelled.participant,
+        canvas.maps,
+        conform(moved, shape, canvas.affine, order=0).astype(np.uint8),
+        (i, j, k),
+    )
 
 
 def load_cases(

@@ -319,12 +319,12 @@ def continued_spec(settings: TrainingSettings, base: Bundle) -> tuple[ModelSpec,
             f"{', '.join(given)} cannot be chosen where training goes on from a model",
             "leave them out, or leave out init",
         )
-    own_table = settings.labels or (Path(settings.labels_dir) / "dseg.tsv").is_file()
-    labels, known = base.spec.labels, frozenset(label.index for label in base.spec.labels)
-    if own_table or settings.structures:
-        labels, known = known_labels(
-            settings.labels or None, settings.labels_dir or None, settings.structures
-        )
+    labels, known = known_labels(
+        settings.labels or None,
+        settings.labels_dir or None,
+        settings.structures,
+        base.spec.labels,
+    )
     theirs = {label.abbreviation for label in base.spec.labels}
     missing = [label.abbreviation for label in labels if label.abbreviation not in theirs]
     if missing:

@@ -247,6 +247,15 @@ def test_of_a_models_structures_only_the_wanted_ones_stay(base):
     torch.testing.assert_close(found, wanted[:, [0, 2]])
 
 
+def test_a_table_that_happens_to_lie_here_says_nothing(base, tmp_path, monkeypatch):
+    before, values = base
+    (tmp_path / "dseg.tsv").write_text("index\tname\n7\tSomething else\n")
+    monkeypatch.chdir(tmp_path)
+    spec, known = continued_spec(make_settings({**values, "labels": ""}), before)
+    assert spec.labels == before.spec.labels
+    assert known == {1, 2}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
