@@ -57,15 +57,20 @@ def gather(
     results = aggregate(cases, axes)
     if published is not None:
         add_published(results, published, chosen or {})
-    made = {
-        "command": command,
-        "versions": f"torch {torch.__version__}, fdl-bidsapp {__version__}",
-        "machine": machine(),
-    }
+    made = made_by(command)
     group = tuple(axis for axis in axes if axis != "seed")
     _write(name, results, (*group, *RESULT_COLUMNS, *PUBLISHED_COLUMNS), made)
     columns = (*group, "reference_method", *DIFFERENCE_COLUMNS)
     _write(f"{name}_differences", method_differences(cases, axes), columns, made)
+
+
+def made_by(command: str) -> dict[str, str]:
+    """Return the columns that say where figures are from."""
+    return {
+        "command": command,
+        "versions": f"torch {torch.__version__}, fdl-bidsapp {__version__}",
+        "machine": machine(),
+    }
 
 
 def _write(

@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import torch
-from experiment_tables import RESULTS
-from machine import machine
+from experiment_tables import RESULTS, made_by
 
-from fdl_bidsapp import __version__
 from fdl_bidsapp.bids.outputs import write_tsv
 from fdl_bidsapp.models.bundle import Bundle, load_bundle, save_bundle
 from fdl_bidsapp.training.cases import in_split, read_labels, read_table
@@ -84,11 +81,7 @@ def main() -> None:
         if n in SHIPPED:
             text = card(bundle, summary)
             file.with_suffix(".md").write_text(text, encoding="utf-8")
-    made = {
-        "command": "python benchmarks/msd_hippocampus/ship.py TABLES MODELS",
-        "versions": f"torch {torch.__version__}, fdl-bidsapp {__version__}",
-        "machine": machine(),
-    }
+    made = made_by("python benchmarks/msd_hippocampus/ship.py TABLES MODELS")
     columns = (
         "model", "n_train", "structure", "metric", "n_cases", "n_participants", "mean", "lower",
         "upper", "sem", "aim", "met",
