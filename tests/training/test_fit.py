@@ -65,8 +65,8 @@ def test_options_may_be_given_for_each_backbone_by_name(labelled_set, quick, tmp
         "segresnet": {"width": 8, "levels": 2},
         "unetr": {"width": 4, "hidden_size": 12, "heads": 2},
     }
-    # On 2 x 2 x 2 voxels, where a transformer of 16 ends, torch's bfloat16 gradient of a convolution
-    # reads memory that was never written.
+    # On 2 x 2 x 2 voxels, where a transformer of 16 ends, torch's bfloat16 gradient of a
+    # convolution reads memory that was never written.
     changes = {"backbone": backbone, "backbone_options": options, "grid_shape": [32, 32, 32]}
     settings = make_settings({**quick, **changes, "method": "late"})
     bundle = load_bundle(fit(settings, tmp_path / "model.safetensors", device="cpu"))
