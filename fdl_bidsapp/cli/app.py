@@ -207,8 +207,9 @@ def _segment(settings: Settings, discovery: Discovery, bundle: Bundle, device: s
             current += 1
         else:
             # By the scan and not by number, so that jobs can share a work folder; Nipype's names
-            # have no plus sign.
-            todo[scan.source_prefix.replace("+", "-")] = (scan, provenance)
+            # have no plus sign, and Graphviz's no hyphen.
+            name = scan.source_prefix.replace("-", "_").replace("+", "__")
+            todo[name] = (scan, provenance)
     for subject, session in discovery.missing:
         write_missing(settings.output_dir, subject, session, _provenance(settings, bundle, ""))
     if current:
