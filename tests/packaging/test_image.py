@@ -1,9 +1,7 @@
 """The Dockerfile is built for real, and the image's own command does a demonstration.
 
 Without a registry, the base image has to be in buildah's storage under the name that the Dockerfile
-asks for, such as one made with debootstrap (``debootstrap --variant=minbase
---include=python3,python3-venv,python3-pip,ca-certificates bookworm``, with a link
-``/usr/local/bin/python``).
+asks for, such as the one that ``tests/real_tools.sh`` makes of Debian packages.
 """
 
 from __future__ import annotations
