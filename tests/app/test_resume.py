@@ -85,7 +85,7 @@ def test_the_work_folder_keeps_the_files_of_failed_scans_alone(study, capsys):
     assert study.run("participant", "--work-dir", work) == 1
     (folder,) = work.iterdir()
     assert str(folder) in capsys.readouterr().err
-    assert {path.parent.name for path in folder.rglob("normalise")} == {"sub-02"}
+    assert {path.parent.name for path in folder.rglob("normalise")} == {"sub_02"}
     study.path("02").write_bytes(whole)
     assert study.run("participant", "--work-dir", work, "--clean-workdir") == 0
     assert list(work.iterdir()) == []
