@@ -327,7 +327,7 @@ def _work_folder(settings: Settings) -> Iterator[Path]:
     keep = False
     try:
         yield folder
-        keep = parent is not None and any((folder / "fdl").glob("sub-*"))
+        keep = parent is not None and any((folder / "fdl").glob("sub_*"))
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
