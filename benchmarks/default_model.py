@@ -1,6 +1,6 @@
 """Train the default model: multimodal fusion on simulated scans of head label maps.
 
-Two networks: a coarse one finds the region of the nuclei, the other segments them there.
+Two networks: a coarse one finds midbrain and cerebellum, the other segments their nuclei there.
 
     python benchmarks/default_model.py LABELS CACHE OUTPUT.safetensors [--minutes 240]
 
@@ -32,10 +32,13 @@ from fdl_bidsapp.models.inference import resolve_device
 from fdl_bidsapp.simulation.labelmaps import find_label_maps, read_head_map
 from fdl_bidsapp.training.data import (
     HEAD_STEP,
-    SimulatedPatches,
-    SimulatedRegions,
+    SimulatedHeads,
+    SimulatedWindows,
     cache_head,
     cache_region,
+    cache_template,
+    cut_window,
+    middle,
 )
 from fdl_bidsapp.training.loop import Schedule, Trained, train
 from fdl_bidsapp.training.losses import dice_cross_entropy_loss
@@ -45,45 +48,47 @@ Batch = tuple[torch.Tensor, ...]
 SHARES = {"qsm": 0.35, "r2star": 0.25, "imag": 0.25, "swi": 0.15}
 """How often each contrast is the target."""
 
-GRID = Grid((96, 120, 112), (0.8, 0.8, 0.8))
-"""Holds the nuclei of a large, tilted head, with room for 5 mm of error of the centre."""
+GRID = Grid((72, 56, 48), (0.8, 0.8, 0.8))
+"""Holds the nuclei of midbrain or cerebellum of a large, tilted head, with some 10 mm of room."""
+
+REGION = Grid((96, 128, 116), (0.8, 0.8, 0.8))
+"""Holds both of these grids, shifted and turned as they are drawn."""
 
 SEVERITY = 0.5
 """Of what is done to the cached scans: the simulator has brought most of it already."""
 
 
+REGIONS = (("RNL", "RNR", "SNL", "SNR", "STNL", "STNR"), ("DNL", "DNR"))
+"""Midbrain and cerebellum."""
+
+RADIUS = 16.0
+"""mm, of the balls that the locator finds."""
+
+JITTER = (6.0, 6.0, 6.0)
+"""Largest distance of a window's middle from its nuclei's along each axis, in voxels."""
+
+ABSENT = 0.2
+"""Weight of the structures that a window does not hold: each holds one region's."""
+
+
 @dataclass(frozen=True)
 class Phase:
-    """One of three trainings, each going on from the one before.
+    """One of two trainings, the second going on from the first.
 
     Attributes
     ----------
     share
         Of the minutes and steps.
-    rate
-        Factor on the learning rate.
     structure_weight
         In the cross-entropy.
-    patch
-        Its shape.
-    jitter
-        Largest distance of a patch's middle from that of the nuclei along each axis, in voxels.
     """
 
     share: float
-    rate: float
     structure_weight: float
-    patch: tuple[int, int, int]
-    jitter: tuple[float, float, float]
 
 
-# Weighted voxels find the structures soon, then their true size is learnt, then on the model's own
-# grid.
-PHASES = {
-    "find": Phase(0.12, 1.0, 20.0, (56, 72, 64), (8, 14, 12)),
-    "draw": Phase(0.63, 1.0, 1.0, (56, 72, 64), (8, 14, 12)),
-    "whole": Phase(0.25, 0.4, 1.0, GRID.shape, (0, 0, 0)),
-}
+# Weighted voxels find the structures soon, then their true size is learnt.
+PHASES = {"find": Phase(0.1, 20.0), "draw": Phase(0.9, 1.0)}
 
 
 def main() -> None:
@@ -93,16 +98,19 @@ def main() -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--draws", type=int, default=480, help="cached regions")
-    parser.add_argument("--locator-draws", type=int, default=96, help="cached whole heads")
+    parser.add_argument("--draws", type=int, default=384, help="cached regions of the label maps")
+    parser.add_argument("--locator-draws", type=int, default=64, help="cached heads of them")
+    parser.add_argument("--template-draws", type=int, default=32, help="scans of the template")
     parser.add_argument("--minutes", type=float, default=240)
     parser.add_argument("--steps", type=int, default=60000)
-    parser.add_argument("--locator-steps", type=int, default=3500)
+    parser.add_argument("--locator-steps", type=int, default=3000)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--draw-only", action="store_true")
+    parser.add_argument("--cached-only", action="store_true", help="train on what the cache holds")
     options = parser.parse_args()
 
     regions, heads = fill(options)
@@ -116,7 +124,7 @@ def main() -> None:
         parts = train_parts(spec, regions, folder, options)
     provenance = {
         "data": f"{len(regions)} simulated scans of {options.heads} head label maps",
-        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; three phases",
+        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; two phases",
         "steps": parts.steps,
         "steps_of_locator": locator.steps,
         "seed": options.seed,
@@ -139,6 +147,13 @@ def fill(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     maps = find_label_maps(options.labels)[: options.heads]
     regions = [options.cache / f"region-{i:05d}.npy" for i in range(options.draws)]
     heads = [options.cache / f"head-{i:05d}.npy" for i in range(options.locator_draws)]
+    templates = [
+        tuple(options.cache / f"template-{what}-{i:05d}.npy" for what in ("region", "head"))
+        for i in range(options.template_draws)
+    ]
+    if options.cached_only:
+        everything = sorted(options.cache.glob("*region-*.npy"))
+        return everything, sorted(options.cache.glob("*head-*.npy"))
     with ProcessPoolExecutor(options.processes) as pool:
         # In rounds over the heads, so that a cache that is not full yet holds them all.
         n = len(maps)
@@ -148,9 +163,23 @@ def fill(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
             for part in range(rounds)
             for i, path in enumerate(maps)
         ]
+        jobs += [
+            pool.submit(fill_template, region, head, seed)
+            for seed, (region, head) in enumerate(templates)
+        ]
         for job in jobs:
             job.result()
-    return regions, heads
+    return (
+        regions + [region for region, _ in templates],
+        heads + [head for _, head in templates],
+    )
+
+
+def fill_template(region: Path, head: Path, seed: int) -> None:
+    """Simulate one scan of the template's head, which the demonstration is made of too."""
+    torch.set_num_threads(1)
+    with kept_memory():
+        cache_template(region, head, seed, REGION)
 
 
 def fill_head(
@@ -179,13 +208,16 @@ def fill_head(
             else:
                 rng = np.random.default_rng(seed)
                 profile = "ordinary" if rng.random() < 0.5 else "full"
-                shortcut = bool(rng.random() < 0.7)
-                cache_region(files[seed], head, seed, GRID, profile=profile, shortcut=shortcut)
+                shortcut = bool(rng.random() < 0.8)
+                cache_region(files[seed], head, seed, REGION, profile=profile, shortcut=shortcut)
 
 
 def specification(width: int) -> ModelSpec:
     """Return what is trained."""
-    region = Label(1, "Region of the nuclei", "REGION", "region", "n/a", None, "#ffffff")
+    regions = tuple(
+        Label(i, f"Region of the {name}", name.upper(), name, "n/a", None, color)
+        for i, (name, color) in enumerate([("midbrain", "#d62728"), ("cerebellum", "#1f5fb4")], 1)
+    )
     locator = ModelSpec(
         "default-locator",
         method="none",
@@ -193,7 +225,7 @@ def specification(width: int) -> ModelSpec:
         grid_shape=(40, 40, 32),
         grid_spacing=(4.0, 4.0, 4.0),
         contrasts=tuple(SHARES),
-        labels=(region,),
+        labels=regions,
     )
     return ModelSpec(
         "default",
@@ -205,7 +237,14 @@ def specification(width: int) -> ModelSpec:
         contrasts=tuple(SHARES),
         labels=nuclei(),
         locator=locator,
+        regions=REGIONS,
     )
+
+
+def values(labels: Sequence[Label]) -> list[list[int]]:
+    """Return the classes of each region's structures."""
+    names = [label.abbreviation for label in labels]
+    return [[1 + names.index(name) for name in region] for region in REGIONS]
 
 
 def train_parts(
@@ -213,12 +252,13 @@ def train_parts(
 ) -> Trained:
     """Train the network that segments, phase by phase."""
     torch.manual_seed(options.seed)
-    network: torch.nn.Module = build_network(replace(spec, locator=None))
-    patches = SimulatedPatches(
+    network: torch.nn.Module = build_network(replace(spec, locator=None, regions=()))
+    windows = SimulatedWindows(
         files,
         dict(spec.intensity),
         mirrored(spec.labels),
         SHARES,
+        values(spec.labels),
         SEVERITY,
         theta=spec.theta,
         low_share=0.3,
@@ -226,19 +266,21 @@ def train_parts(
     steps = 0
     for name, phase in PHASES.items():
 
-        def draw(step: int, _: float, phase: Phase = phase, first: int = steps) -> Batch:
-            rng = np.random.default_rng([options.seed, first, step])
-            return patches.draw(rng, phase.patch, phase.jitter)
+        def draw(step: int, _: float, name: str = name) -> Batch:
+            rng = np.random.default_rng([options.seed, list(PHASES).index(name), step])
+            return windows.draw(rng, GRID.shape, JITTER, options.batch)
 
         def loss(
             outputs: list[torch.Tensor], classes: torch.Tensor, phase: Phase = phase
         ) -> torch.Tensor:
-            each = [dice_cross_entropy_loss(o, classes, phase.structure_weight) for o in outputs]
+            each = [
+                dice_cross_entropy_loss(o, classes, phase.structure_weight, ABSENT) for o in outputs
+            ]
             return torch.stack(each).mean()
 
         schedule = Schedule(
             round(options.steps * phase.share),
-            learning_rate=options.learning_rate * phase.rate,
+            learning_rate=options.learning_rate,
             max_minutes=options.minutes * phase.share,
         )
         trained = train(network, draw, loss, schedule, folder / name, resolve_device("auto"))
@@ -250,16 +292,22 @@ def train_parts(
 def train_locator(
     spec: ModelSpec, files: Sequence[Path], folder: Path, options: argparse.Namespace
 ) -> Trained:
-    """Train the network that finds the region."""
+    """Train the network that finds the regions."""
     assert spec.locator is not None
     torch.manual_seed(options.seed)
     step = round(spec.locator.grid_spacing[0] / HEAD_STEP)
-    regions = SimulatedRegions(
-        files, dict(spec.locator.intensity), SHARES, step=step, radius=20 / HEAD_STEP, severity=0.7
+    heads = SimulatedHeads(
+        files,
+        dict(spec.locator.intensity),
+        SHARES,
+        values(spec.labels),
+        step=step,
+        radius=RADIUS / HEAD_STEP,
+        severity=0.7,
     )
 
     def draw(step: int, _: float) -> Batch:
-        return regions.draw(np.random.default_rng([options.seed, 9, step]))
+        return heads.draw(np.random.default_rng([options.seed, 9, step]))
 
     def loss(outputs: list[torch.Tensor], classes: torch.Tensor) -> torch.Tensor:
         return dice_cross_entropy_loss(outputs[0], classes, structure_weight=10.0)
@@ -275,12 +323,18 @@ def train_locator(
 
 
 def bank(spec: ModelSpec, files: Sequence[Path]) -> Mapping[str, list[torch.Tensor]]:
-    """Return the low parts of one training scan's contrasts."""
+    """Return the low parts of one training scan's contrasts, region by region."""
     scan = np.load(files[0], mmap_mode="r")
-    parts = {}
-    for channel, contrast in enumerate(CONTRASTS):
-        image = normalise(np.asarray(scan[channel], np.float32), spec.intensity[contrast])
-        parts[contrast] = [low_part(torch.from_numpy(image), spec.theta, spec.spectrum)]
+    parts: dict[str, list[torch.Tensor]] = {contrast: [] for contrast in CONTRASTS}
+    for region in values(spec.labels):
+        centre = middle(np.isin(scan[-1], region))
+        assert centre is not None
+        rng = np.random.default_rng(0)
+        images, _ = cut_window(scan, range(len(CONTRASTS)), centre, spec.grid_shape, rng, 0.0)
+        for contrast, image in zip(CONTRASTS, images[0].numpy(), strict=True):
+            image = normalise(image, spec.intensity[contrast])
+            low = low_part(torch.from_numpy(image), spec.theta, spec.spectrum)
+            parts[contrast].append(low)
     return parts
 
 

@@ -342,8 +342,8 @@ def segment_canvas(
 ) -> tuple[Array, Array]:
     """Run the network on a canvas.
 
-    A model with a locator looks at one window, around the region that it finds; a second time where
-    the structures found show that the window lies badly. Without the region there is nothing.
+    A model with a locator looks at one window around each region that it finds; a second time where
+    the structures found show that the window lies badly. Without a region there is nothing of it.
 
     Without a locator the first window is enough where it holds every structure with room to spare.
     Where it does not, all windows on the head are run and blended; where a structure is missing
@@ -375,7 +375,7 @@ def segment_canvas(
         for corners in (canvas.starts, canvas.reserve)
     )
 
-    def run(start: Corner) -> Array:
+    def run(start: Corner, region: int = 0) -> Array:
         place = tuple(slice(s, s + n) for s, n in zip(start, grid.shape, strict=True))
         cut = {}
         for contrast, data in canvas.maps.items():
@@ -385,7 +385,9 @@ def segment_canvas(
                     cut[contrast] = normalise(data[place], spec.intensity[contrast])
         if canvas.target not in cut:
             return np.zeros((len(spec.labels), *grid.shape), np.float32)
-        return predict(network, spec, cut, canvas.target, device, flips=flips, bank=bundle.bank)
+        # Low parts differ from region to region: a bank holds one for each.
+        bank = {name: lows[region:] for name, lows in bundle.bank.items()}
+        return predict(network, spec, cut, canvas.target, device, flips=flips, bank=bank)
 
     def alone(window: Array, start: Corner) -> tuple[Array, Array]:
         affine = canvas.affine.copy()
@@ -393,17 +395,25 @@ def segment_canvas(
         return crop_to(window, affine)
 
     if network.locator is not None:
-        centre = _located(canvas, spec, network.locator, device)
-        if centre is None:
+        located = _located(canvas, spec, network.locator, device)
+        pieces: list[tuple[Array, Corner]] = []
+        for region, (centre, positions) in enumerate(zip(located, spec.windows, strict=True)):
+            if centre is None:
+                continue
+            start = _around(centre, canvas, grid)
+            window = run(start, region)
+            found = window[list(positions)] > 0.5
+            if found.any() and not complete(found, start, box, grid):
+                places = np.argwhere(found.any(0)) + start
+                start = _around((places.min(0) + places.max(0)) / 2, canvas, grid)
+                window = run(start, region)
+            # What a window shows of another region is seen better in that one's own.
+            others = [k for k in range(len(spec.labels)) if k not in positions]
+            window[others] = 0
+            pieces.append((window, start))
+        if not pieces:
             return np.zeros((len(spec.labels), 1, 1, 1), np.float32), canvas.affine
-        start = _around(centre, canvas, grid)
-        window = run(start)
-        found = window > 0.5
-        if found.any() and not complete(found, start, box, grid):
-            places = np.argwhere(found.any(0)) + start
-            start = _around((places.min(0) + places.max(0)) / 2, canvas, grid)
-            window = run(start)
-        return alone(window, start)
+        return alone(*_joined(pieces))
 
     first = run(starts[0])
     one = not reserve and len(starts) == 1
@@ -423,8 +433,8 @@ def segment_canvas(
 
 def _located(
     canvas: Canvas, spec: ModelSpec, locator: FusionNetwork, device: torch.device
-) -> Array | None:
-    """Return the centre of the region of the nuclei in voxels of the canvas."""
+) -> list[Array | None]:
+    """Return the centre of each region of nuclei in voxels of the canvas."""
     from fdl_bidsapp.models.inference import locate
 
     assert spec.locator is not None
@@ -435,10 +445,25 @@ def _located(
     image = nib.Nifti1Image(canvas.maps[canvas.target][view], corner)
     shape, affine, _ = canvas_geometry(image, coarse)
     data = normalise(conform(image, shape, affine), spec.locator.intensity[canvas.target])
-    centre = locate(locator, data, device)
-    if centre is None:
-        return None
-    return np.asarray((np.linalg.inv(canvas.affine) @ affine @ [*centre, 1])[:3])
+    to_canvas = np.linalg.inv(canvas.affine) @ affine
+    return [
+        None if centre is None else np.asarray((to_canvas @ [*centre, 1])[:3])
+        for centre in locate(locator, data, device)
+    ]
+
+
+def _joined(pieces: Sequence[tuple[Array, Corner]]) -> tuple[Array, Corner]:
+    """Put windows that hold different structures into the box around them all."""
+    low = np.min([start for _, start in pieces], 0)
+    high = np.max([np.add(start, window.shape[1:]) for window, start in pieces], 0)
+    joined = np.zeros((len(pieces[0][0]), *(high - low)), np.float32)
+    for window, start in pieces:
+        place = tuple(
+            slice(s, s + n) for s, n in zip(np.subtract(start, low), window.shape[1:], strict=True)
+        )
+        joined[(slice(None), *place)] += window
+    i, j, k = (int(n) for n in low)
+    return joined, (i, j, k)
 
 
 def _around(centre: Array, canvas: Canvas, grid: Grid) -> Corner:

@@ -30,6 +30,8 @@ from fdl_bidsapp.pipeline import (
 
 ALL = ("qsm", "r2star", "imag", "swi")
 CPU = torch.device("cpu")
+SIDES = (("RNL",), ("RNR",))
+"""What the blob model finds, as two regions."""
 
 
 @pytest.fixture
@@ -200,12 +202,14 @@ def test_the_rest_is_searched_only_where_something_is_missing(windows_run, blobs
 
 @pytest.fixture
 def located(monkeypatch, blob_model):
-    """Give a function that segments a canvas around a centre and tells how often."""
+    """Give a function that segments a canvas around its regions and tells how often."""
     bundle = load_bundle(blob_model)
     network = bundle.network()
     network.locator = nn.Identity()
 
-    def run(canvas: Canvas, centre: tuple[float, float, float] | None) -> tuple[int, tuple]:
+    def run(
+        canvas: Canvas, *centres: tuple[float, float, float] | None, regions: tuple = ()
+    ) -> tuple[int, tuple]:
         from fdl_bidsapp import pipeline
         from fdl_bidsapp.models import inference
 
@@ -216,10 +220,19 @@ def located(monkeypatch, blob_model):
             seen.append(1)
             return predict(*arguments, **options)  # type: ignore[arg-type]
 
-        where = None if centre is None else np.array(centre)
+        where = [None if centre is None else np.array(centre) for centre in centres]
         monkeypatch.setattr(pipeline, "_located", lambda *_: where)
         monkeypatch.setattr(inference, "predict", counted)
-        result = segment_canvas(canvas, bundle, network, CPU)
+        coarse = replace(
+            bundle.spec,
+            method="none",
+            labels=tuple(
+                replace(bundle.spec.labels[0], index=i, abbreviation=f"R{i}")
+                for i, _ in enumerate(centres, 1)
+            ),
+        )
+        spec = replace(bundle.spec, locator=coarse, regions=regions)
+        result = segment_canvas(canvas, replace(bundle, spec=spec), network, CPU)
         monkeypatch.setattr(inference, "predict", predict)
         return len(seen), result
 
@@ -252,6 +265,25 @@ def test_without_the_region_nothing_is_found(located, blobs):
     looks, (probabilities, _) = located(canvas_of(data, [], []), None)
     assert looks == 0
     assert not probabilities.any()
+
+
+def test_each_region_gives_its_own_structures(located, blobs):
+    # Further apart than a window is long: no single window holds both.
+    data = blobs(bright=(10, 16, 16), dark=(52, 16, 16)).data("qsm", (64, 32, 32))
+    canvas = canvas_of(data, [], [])
+    looks, found = located(canvas, (14, 15, 16), (48, 15, 16), regions=SIDES)
+    assert looks == 2
+    assert centres(*found) == [[10, 16, 16], [52, 16, 16]]
+    # A structure that is seen in the other's window alone is not taken from there.
+    _, (probabilities, _) = located(canvas, (48, 15, 16), (14, 15, 16), regions=SIDES)
+    assert not (probabilities > 0.5).any()
+
+
+def test_a_region_that_is_not_found_leaves_the_other(located, blobs):
+    data = blobs(bright=(10, 16, 16), dark=(52, 16, 16)).data("qsm", (64, 32, 32))
+    looks, (probabilities, _) = located(canvas_of(data, [], []), None, (48, 15, 16), regions=SIDES)
+    assert looks == 1
+    assert [bool((each > 0.5).any()) for each in probabilities] == [False, True]
 
 
 def test_windows_without_any_contrast_are_left_out(windows_run, blobs):

@@ -55,7 +55,8 @@ class Bundle:
     state
         The network's tensors by name, float32.
     bank
-        For each contrast, low parts ``(n1, n2, n3)`` of training subjects.
+        For each contrast, low parts ``(n1, n2, n3)`` of training subjects; of a model with several
+        regions, one for each.
     sha256
         Verified digest over all of it.
     app_version
@@ -561,6 +562,11 @@ def _spec_from_json(value: object) -> ModelSpec:
         provenance=_typed(values["provenance"], dict),
         # Files from before there were locators have none.
         locator=None if values.get("locator") is None else _spec_from_json(values["locator"]),
+        # Files from before there were several regions have none, and neither have locators.
+        regions=tuple(
+            tuple(_typed(name, str) for name in _typed(region, list))
+            for region in _typed(values.get("regions", []), list)
+        ),
         # Older files have no calibration, and neither have locators.
         calibration=None
         if values.get("calibration") is None

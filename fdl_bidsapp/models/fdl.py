@@ -79,8 +79,11 @@ class ModelSpec:
         How the model came to be, JSON values.
     locator
         Specification of a second, coarse network, which finds where in the field of view the
-        model's grid belongs: its one structure is a ball around the nuclei. Without it, windows of
-        the grid's shape cover the head.
+        model's grid belongs: each of its structures is a ball around some of the nuclei. Without
+        it, windows of the grid's shape cover the head.
+    regions
+        For each of the locator's structures, the abbreviations of the model's structures that are
+        looked for around it. Empty: all of them around its only one.
     calibration
         What Dice the model's probabilities lead to expect; without it, results have no confidence.
 
@@ -114,6 +117,7 @@ class ModelSpec:
     features: Mapping[str, int] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
     locator: ModelSpec | None = None
+    regions: tuple[tuple[str, ...], ...] = ()
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
@@ -185,10 +189,11 @@ class ModelSpec:
             # One channel without a split takes any field of view, whatever its shape.
             _require(self.locator.method == "none", "locator's method", self.locator.method, "none")
             _require(
-                len(self.locator.labels) == 1 and self.locator.locator is None,
+                len(self.locator.labels) == len(self.regions or [()])
+                and self.locator.locator is None,
                 "locator",
                 self.locator.name,
-                "a network of one structure without a locator of its own",
+                "a network of one structure a region, without a locator of its own",
             )
             _require(
                 set(self.contrasts) <= set(self.locator.contrasts),
@@ -196,6 +201,17 @@ class ModelSpec:
                 self.locator.contrasts,
                 "all that the model segments",
             )
+        _require(
+            not self.regions
+            or (
+                self.locator is not None
+                and sorted(name for region in self.regions for name in region)
+                == sorted(abbreviations)
+            ),
+            "regions",
+            self.regions,
+            "empty, or a division of the structures among those of its locator",
+        )
         if self.calibration is not None:
             known = {label.structure for label in self.labels}
             calibrated = self.calibration.weights
@@ -214,6 +230,19 @@ class ModelSpec:
             return None
         channels, width, layers = (self.features[key] for key in ("channels", "width", "layers"))
         return FeatureSpec("features", channels=channels, width=width, layers=layers)
+
+    @property
+    def windows(self) -> tuple[tuple[int, ...], ...]:
+        """For each of the locator's structures, the positions in ``labels`` of what is around it.
+
+        Examples
+        --------
+        >>> ModelSpec("example", labels=by_abbreviation(["RNL", "DNL"])).windows
+        ((0, 1),)
+        """
+        names = [label.abbreviation for label in self.labels]
+        regions = self.regions or (tuple(names),)
+        return tuple(tuple(names.index(name) for name in region) for region in regions)
 
     @property
     def image_channels(self) -> int:
@@ -314,8 +343,9 @@ class LateFusion(FusionNetwork):
         super().__init__(spec, spec.fusion_channels)
         self.conv_h = convolution_block(spec.image_channels, spec.fusion_channels)
         self.conv_l = convolution_block(spec.image_channels, self.feature_channels)
+        # The backbone has seen each voxel's surroundings: what is joined is weighed voxel by voxel.
         self.head = nn.Sequential(
-            convolution_block(2 * self.feature_channels, self.feature_channels),
+            convolution_block(2 * self.feature_channels, self.feature_channels, width=1),
             nn.Conv3d(self.feature_channels, self.classes, 1),
         )
 

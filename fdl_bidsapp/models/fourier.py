@@ -5,16 +5,20 @@ window of ``n = 2 m + 1`` frequencies an axis, ``m = max(1, floor(theta N / 2))`
 symmetric window keeps every inverse transform real; ``norm="forward"`` keeps the small image's
 amplitude equal to the large one's. The last three axes are space; any axes before them are carried
 along. Source: arXiv 2302.12980.
+
+Such a window acts on each axis by itself, so the low part is the product of three small real
+matrices with the image: no transform of the whole is needed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.fft import fft, fftn, ifft, ifftn, irfft, rfft
+from torch.fft import fftn, ifftn
 
 SPECTRA = ("centred", "released")
 
@@ -64,8 +68,7 @@ def split(x: Tensor, theta: float = 0.1, spectrum: str = "centred") -> tuple[Ten
         Fraction of the sampled bandwidth that is low.
     spectrum
         ``centred``: the window is around the zero frequency on all three axes, so that the low
-        part is a low-pass image of ``n1 × n2 × n3``; computed with real-input transforms in which
-        only the window's frequencies are carried from axis to axis.
+        part is a low-pass image of ``n1 × n2 × n3``.
 
         ``released``: what the authors' released code does. The spectrum is never shifted, and the
         window is cut around index ``N // 2`` of the first two axes (their *highest* frequencies)
@@ -101,8 +104,8 @@ def split(x: Tensor, theta: float = 0.1, spectrum: str = "centred") -> tuple[Ten
             rest = full.clone()
             rest[window] = 0
             return _real_inverse(full[window]), _real_inverse(rest)
-        window_spectrum = _low_spectrum(x, m)
-        return _image(window_spectrum, _odd(m)), x - _image(window_spectrum, shape)
+        low = _shrunk(x, _odd(m))
+        return low, x - _grown(low, shape)
 
 
 def low_part(x: Tensor, theta: float = 0.1, spectrum: str = "centred") -> Tensor:
@@ -121,7 +124,7 @@ def low_part(x: Tensor, theta: float = 0.1, spectrum: str = "centred") -> Tensor
         if spectrum == "released":
             full = fftn(x, dim=(-3, -2, -1), norm="forward")
             return _real_inverse(full[_unshifted_window(shape, m)])
-        return _image(_low_spectrum(x, m), _odd(m))
+        return _shrunk(x, _odd(m))
 
 
 def place(high: Tensor, low: Tensor, spectrum: str = "centred") -> Tensor:
@@ -171,7 +174,7 @@ def place(high: Tensor, low: Tensor, spectrum: str = "centred") -> Tensor:
             full = fftn(high.expand(*leading, *shape), dim=(-3, -2, -1), norm="forward")
             full[_unshifted_window(shape, m)] = fftn(low, dim=(-3, -2, -1), norm="forward")
             return _real_inverse(full)
-        return high + _image(_low_spectrum(low, m) - _low_spectrum(high, m), shape)
+        return high + _grown(low - _shrunk(high, small), shape)
 
 
 def _check_spectrum(spectrum: str) -> None:
@@ -194,37 +197,53 @@ def _full_precision(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _low_spectrum(x: Tensor, m: Size) -> Tensor:
-    """Frequencies -m..m of a real image, zero first, the last axis its non-negative half."""
-    spectrum = rfft(x, dim=-1, norm="forward")[..., : m[2] + 1]
-    spectrum = _keep(fft(spectrum, dim=-2, norm="forward"), -2, m[1])
-    return _keep(fft(spectrum, dim=-3, norm="forward"), -3, m[0])
+def _shrunk(x: Tensor, small: Size) -> Tensor:
+    """Return the image of the frequencies that a small odd grid holds, on that grid."""
+    flat = _channels_last(x)
+    for axis, (n, to) in enumerate(zip(_grid(x), small, strict=True)):
+        flat = _along(axis, _interpolation(n, to, to // 2, x.device, x.dtype), flat)
+    return _as(x, flat)
 
 
-def _image(spectrum: Tensor, shape: Size) -> Tensor:
-    """Inverse of :func:`_low_spectrum` on any grid that holds its frequencies."""
-    spectrum = ifft(_widen(spectrum, -3, shape[0]), dim=-3, norm="forward")
-    spectrum = ifft(_widen(spectrum, -2, shape[1]), dim=-2, norm="forward")
-    return irfft(spectrum, n=shape[2], dim=-1, norm="forward")
+def _grown(x: Tensor, shape: Size) -> Tensor:
+    """Return a small odd image on a larger grid, with the same frequencies."""
+    flat = _channels_last(x)
+    # The last axis first, so that the largest product comes last.
+    for axis, (n, to) in reversed(list(enumerate(zip(_grid(x), shape, strict=True)))):
+        flat = _along(axis, _interpolation(n, to, n // 2, x.device, x.dtype), flat)
+    return _as(x, flat)
 
 
-def _keep(spectrum: Tensor, axis: int, m: int) -> Tensor:
-    n = spectrum.shape[axis]
-    return torch.cat([spectrum.narrow(axis, 0, m + 1), spectrum.narrow(axis, n - m, m)], axis)
+def _channels_last(x: Tensor) -> Tensor:
+    """View an image as (batch, N1, N2, N3, channels), whichever of both lie innermost in memory."""
+    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return x.permute(0, 2, 3, 4, 1)
+    return x.reshape(-1, *x.shape[-3:], 1)
 
 
-def _widen(spectrum: Tensor, axis: int, n: int) -> Tensor:
-    m = spectrum.shape[axis] // 2
-    gap = list(spectrum.shape)
-    gap[axis] = n - 2 * m - 1
-    return torch.cat(
-        [
-            spectrum.narrow(axis, 0, m + 1),
-            spectrum.new_zeros(gap),
-            spectrum.narrow(axis, m + 1, m),
-        ],
-        axis,
-    )
+def _as(x: Tensor, flat: Tensor) -> Tensor:
+    """Undo :func:`_channels_last` of ``x`` for another grid."""
+    if flat.shape[-1] > 1:
+        return flat.permute(0, 4, 1, 2, 3)
+    return flat.reshape(*x.shape[:-3], *flat.shape[1:4])
+
+
+def _along(axis: int, matrix: Tensor, x: Tensor) -> Tensor:
+    """Multiply one spatial axis of a (batch, N1, N2, N3, channels) tensor with a matrix."""
+    before, after = x.shape[: axis + 1], x.shape[axis + 2 :]
+    columns = x.reshape(math.prod(before), x.shape[axis + 1], math.prod(after))
+    return torch.matmul(matrix, columns).reshape(*before, len(matrix), *after)
+
+
+@lru_cache(maxsize=256)
+def _interpolation(n: int, to: int, m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the matrix that takes ``n`` samples to ``to`` and keeps the frequencies -m..m."""
+    # It outlives a block without gradients, and is then multiplied with what has some.
+    with torch.inference_mode(False), torch.no_grad():
+        lag = torch.arange(to, dtype=torch.float64)[:, None] / to
+        lag = lag - torch.arange(n, dtype=torch.float64) / n
+        waves = [torch.cos(2 * math.pi * k * lag) for k in range(1, m + 1)]
+        return ((1 + 2 * torch.stack(waves).sum(0)) / n).to(device, dtype)
 
 
 def _unshifted_window(shape: Size, m: Size) -> tuple[object, ...]:

@@ -17,7 +17,7 @@ from fdl_bidsapp.models.fourier import low_part
 
 DEVICES = ("auto", "cpu", "cuda")
 LOCATED = 0.3
-"""Least probability of the region of the nuclei; a doubtful place is better tried than left."""
+"""Least probability of a region of nuclei; a doubtful place is better tried than left."""
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -136,8 +136,8 @@ def predict(
 @torch.inference_mode()
 def locate(
     network: FusionNetwork, image: NDArray[np.float32], device: torch.device
-) -> tuple[float, float, float] | None:
-    """Find the region of the nuclei in a whole field of view.
+) -> list[tuple[float, float, float] | None]:
+    """Find the regions of the nuclei in a whole field of view.
 
     Parameters
     ----------
@@ -150,14 +150,18 @@ def locate(
 
     Returns
     -------
-    (x, y, z) or None
-        Centre of the region in voxels; ``None`` where there is none.
+    list of (x, y, z) or None
+        Centre of each region in voxels; ``None`` where there is none.
     """
     volume = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).to(device)
     dtype = autocast_dtype(device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         (logits,) = network(volume[None, None])
-    inside = logits[0].float().softmax(0)[1].cpu().numpy()
+    return [_centre(inside) for inside in logits[0].float().softmax(0)[1:].cpu().numpy()]
+
+
+def _centre(inside: NDArray[np.float32]) -> tuple[float, float, float] | None:
+    """Return the middle of the heaviest piece of a region's probabilities."""
     parts, n = ndimage.label(inside > LOCATED)
     if not n:
         return None

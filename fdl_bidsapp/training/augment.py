@@ -103,12 +103,18 @@ def warp(images: Tensor, classes: Tensor, n_classes: int, grid: Tensor) -> tuple
     images : (1, C, X, Y, Z) float32 tensor, linear interpolation
     classes : (1, X, Y, Z) int64 tensor, the class with the largest share of the voxel
     """
-    shares = F.one_hot(classes.long(), n_classes).movedim(-1, 1)[:, 1:].to(images.dtype)
-    moved = F.grid_sample(torch.cat([images, shares], 1), grid, align_corners=True)
+    present = [k for k in classes.unique().tolist() if 0 < k < n_classes]
+    shares = [(classes == k).to(images.dtype)[:, None] for k in present]
+    moved = F.grid_sample(torch.cat([images, *shares], 1), grid, align_corners=True)
     channels = images.shape[1]
-    shares = moved[:, channels:]
-    background = 1 - shares.sum(1, keepdim=True)
-    return moved[:, :channels], torch.cat([background, shares], 1).argmax(1)
+    # Class by class: a reduction over the channels takes longer than all the sampling.
+    largest = 1 - moved[:, channels:].sum(1)
+    chosen = torch.zeros(largest.shape, dtype=torch.int64, device=images.device)
+    for k, share in zip(present, moved[:, channels:].unbind(1), strict=True):
+        larger = share > largest
+        chosen[larger] = k
+        largest = torch.maximum(largest, share)
+    return moved[:, :channels], chosen
 
 
 def vary_intensity(image: Tensor, rng: np.random.Generator, strength: float = 1.0) -> Tensor:

@@ -23,6 +23,7 @@ from fdl_bidsapp.simulation.scan import draw_protocol, simulate_scan
 from fdl_bidsapp.simulation.simulator import simulate_label_map
 from fdl_bidsapp.simulation.stream import cut_region, draw_batch
 from fdl_bidsapp.simulation.tissue import Person
+from fdl_bidsapp.training.augment import random_warp, warp
 
 Array = np.ndarray
 
@@ -39,36 +40,26 @@ REGION_JITTER = 5.0
 """Largest distance of a kept region's middle from that of the nuclei along each axis, mm."""
 
 
-def cache_simulated_scan(folder: Path, seed: int, grid: Grid, n_labels: int) -> Path:
-    """Simulate one ordinary scan of an adult and keep it on the model's canvas.
+def cache_template(region: Path, head: Path, seed: int, grid: Grid) -> None:
+    """Simulate an ordinary scan of the template's head; keep its region and its coarse head.
 
     Parameters
     ----------
-    folder
-        Holds the cache.
+    region, head
+        The files, laid out as :func:`cache_region` says. Existing ones are kept.
     seed
         Everything about the scan follows from it.
     grid
-        The model's grid.
-    n_labels
-        How many rows of the label table to keep.
-
-    Returns
-    -------
-    Path
-        A ``.npy`` file of shape (C + 1, X, Y, Z), float16: the contrasts in the order of
-        ``CONTRASTS``, then the labels. An existing one is kept.
+        The region's grid.
     """
-    path = folder / f"seed-{seed:05d}.npy"
-    if path.exists():
-        return path
+    if region.exists() and head.exists():
+        return
     rng = np.random.default_rng([seed, 1])
     protocol, spacing, angles = draw_protocol(rng)
-    person = Person(age=float(rng.uniform(25, 85)), parkinson=bool(rng.random() < 0.4))
     scan = simulate_scan(
         np.random.default_rng([seed, 2]),
         np.random.default_rng([seed, 3]),
-        person=person,
+        person=Person(age=float(rng.uniform(25, 85)), parkinson=bool(rng.random() < 0.4)),
         protocol=protocol,
         spacing=spacing,
         angles=angles,
@@ -76,14 +67,25 @@ def cache_simulated_scan(folder: Path, seed: int, grid: Grid, n_labels: int) -> 
         tissue_spread=float(rng.uniform(0.9, 1.3)),
     )
     reference = canonical(nib.Nifti1Image(scan.maps["imag"], scan.affine))
-    shape, affine, _ = canvas_geometry(reference, grid)
 
-    def on_canvas(data: Array, order: int = 1) -> Array:
-        return conform(canonical(nib.Nifti1Image(data, scan.affine)), shape, affine, order)
+    def keep(path: Path, canvas: Grid, around_nuclei: bool) -> None:
+        shape, affine, _ = canvas_geometry(reference, canvas)
+        if around_nuclei:
+            labels = conform(nib.Nifti1Image(scan.labels, scan.affine), shape, affine, 0)
+            centre = middle(labels > 0)
+            assert centre is not None
+            corner = np.round(centre - (np.array(canvas.shape) - 1) / 2)
+            affine[:3, 3] = (affine @ [*corner, 1])[:3]
+            shape = canvas.shape
+        images = [
+            conform(nib.Nifti1Image(scan.maps[contrast], scan.affine), shape, affine)
+            for contrast in CONTRASTS
+        ]
+        labels = conform(nib.Nifti1Image(scan.labels, scan.affine), shape, affine, 0)
+        _keep(path, np.stack(images), labels)
 
-    images = np.stack([on_canvas(scan.maps[contrast]) for contrast in CONTRASTS])
-    _keep(path, images, on_canvas(np.where(scan.labels <= n_labels, scan.labels, 0), order=0))
-    return path
+    keep(region, grid, True)
+    keep(head, Grid((8, 8, 8), (HEAD_STEP,) * 3), False)
 
 
 def cache_region(
@@ -94,7 +96,8 @@ def cache_region(
     Parameters
     ----------
     path
-        The file, laid out as :func:`cache_simulated_scan` says. An existing one is kept.
+        The file: a float16 array of shape (C + 1, X, Y, Z), the contrasts in the order of
+        ``CONTRASTS``, then the labels. An existing one is kept.
     head
         The label map.
     seed
@@ -148,26 +151,28 @@ def _keep(path: Path, images: Array, labels: Array) -> None:
     temporary.replace(path)
 
 
-class SimulatedPatches:
-    """Draws augmented patches from a folder of cached scans.
+class SimulatedWindows:
+    """Draws varied windows of a model's shape from cached scans, as the app would cut them out.
 
     Parameters
     ----------
     files
-        Cached scans, as :func:`cache_simulated_scan` writes them.
+        Cached scans, as :func:`cache_region` writes them.
     intensity
         Normalisation of each contrast, as in a model's specification.
     mirrored
         For each structure, the position of its partner on the other side.
     contrasts
         Contrasts to draw from, with their probabilities.
+    regions
+        The values of the structures around which the windows lie, region by region.
     severity
-        How often and how much patches are degraded, from 0 to 1.
+        How often and how much windows are degraded, from 0 to 1.
     theta
-        For multimodal fusion: the low part of another contrast comes with patches. ``None`` for
+        For multimodal fusion: the low part of another contrast comes with windows. ``None`` for
         other methods.
     low_share
-        How many patches it comes with: each costs a part of a step.
+        How many batches it comes with: each costs a part of a step.
     """
 
     def __init__(
@@ -176,103 +181,187 @@ class SimulatedPatches:
         intensity: dict[str, str],
         mirrored: Sequence[int],
         contrasts: dict[str, float],
+        regions: Sequence[Sequence[int]],
         severity: float = 1.0,
         theta: float | None = None,
         low_share: float = 1.0,
     ) -> None:
+        self.intensity = intensity
+        self.contrasts = contrasts
         self.severity = severity
         self.theta = theta
         self.low_share = low_share
         self.scans = [np.load(file, mmap_mode="r") for file in files]
-        self.swap = np.array([0, *(position + 1 for position in mirrored)], np.uint8)
-        self.contrasts = contrasts
-        self.centres = []
-        self.limits = []
-        for scan in self.scans:
-            inside = np.argwhere(np.asarray(scan[-1]) > 0)
-            self.centres.append((inside.min(0) + inside.max(0)) / 2)
-            self.limits.append(
-                {
-                    contrast: limits(np.asarray(scan[c], np.float32), intensity[contrast])
-                    for c, contrast in enumerate(CONTRASTS)
-                    if contrast in contrasts
-                }
-            )
+        self.swap = torch.tensor([0, *(position + 1 for position in mirrored)])
+        self.centres = [
+            [middle(np.isin(scan[-1], region)) for region in regions] for scan in self.scans
+        ]
 
     def draw(
-        self, rng: np.random.Generator, shape: tuple[int, int, int], jitter: Sequence[float]
+        self,
+        rng: np.random.Generator,
+        shape: tuple[int, int, int],
+        jitter: Sequence[float],
+        batch: int = 1,
     ) -> tuple[torch.Tensor, ...]:
-        """Draw one patch around the nuclei.
+        """Draw windows around the regions.
 
         Parameters
         ----------
         rng
             Source of randomness.
         shape
-            Size of the patch in voxels.
+            Size of a window in voxels.
         jitter
-            Largest distance of the patch's centre from the nuclei's, in voxels a axis.
+            Largest distance of a window's centre from its region's, in voxels an axis.
+        batch
+            How many.
 
         Returns
         -------
-        image : (1, 1, X, Y, Z) float32 tensor, normalised and augmented
-        classes : (1, X, Y, Z) long tensor
-        low : (1, 1, n1, n2, n3) float32 tensor, with ``theta`` only, and not with each patch
+        image : (B, 1, X, Y, Z) float32 tensor, normalised and varied
+        classes : (B, X, Y, Z) long tensor
+        low : (B, 1, n1, n2, n3) float32 tensor, with ``theta`` only, and not with each batch
         """
-        which = int(rng.integers(len(self.scans)))
-        contrast = str(rng.choice(list(self.contrasts), p=list(self.contrasts.values())))
-        drawn = [contrast]
-        if self.theta is not None and rng.random() < self.low_share:
-            drawn.append(str(rng.choice([each for each in self.contrasts if each != contrast])))
-        centre = self.centres[which] + rng.uniform(-1, 1, 3) * np.asarray(jitter)
-        if rng.random() < 0.4:
-            linear = np.eye(3)
-        else:
-            linear = rotation(rng.normal(0, 7, 3)) @ np.diag(np.exp(rng.normal(0, 0.07, 3)))
-        channels = [CONTRASTS.index(each) for each in drawn]
-        images, labels = cut_patch(self.scans[which], channels, centre, linear, shape)
-        if rng.random() < 0.5:
-            images = images[:, ::-1]
-            labels = self.swap[labels[::-1]]
-        image, *others = (
-            self._varied(rng, np.ascontiguousarray(image), *self.limits[which][each])
-            for image, each in zip(images, drawn, strict=True)
-        )
-        return (
-            image,
-            torch.from_numpy(np.ascontiguousarray(labels).astype(np.int64))[None],
-            *(low_part(other, self.theta) for other in others if self.theta is not None),
-        )
+        others = int(self.theta is not None and rng.random() < self.low_share)
+        drawn = [self._window(rng, shape, jitter, 1 + others) for _ in range(batch)]
+        images, classes = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        lows = [low_part(images[:, 1:], self.theta)] if others and self.theta is not None else []
+        return images[:, :1], classes, *lows
 
-    def _varied(
-        self, rng: np.random.Generator, image: Array, low: float, high: float
-    ) -> torch.Tensor:
-        """Degrade an image, normalise it and vary its intensities."""
+    def _window(
+        self,
+        rng: np.random.Generator,
+        shape: tuple[int, int, int],
+        jitter: Sequence[float],
+        n_contrasts: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw one window in several contrasts: (1, C, X, Y, Z) images, (1, X, Y, Z) classes."""
+        which = int(rng.integers(len(self.scans)))
+        names, shares = list(self.contrasts), list(self.contrasts.values())
+        target = str(rng.choice(names, p=shares))
+        rest = [name for name in names if name != target]
+        channels = [
+            CONTRASTS.index(name)
+            for name in [target, *rng.permutation(rest).tolist()][:n_contrasts]
+        ]
+        centres = [centre for centre in self.centres[which] if centre is not None]
+        size = np.array(self.scans[which].shape[1:])
+        if centres:
+            centre = centres[int(rng.integers(len(centres)))]
+            centre = centre + rng.uniform(-1, 1, 3) * np.asarray(jitter)
+        else:
+            centre = rng.uniform(0.3, 0.7, 3) * size
+        images, classes = cut_window(self.scans[which], channels, centre, shape, rng)
+        if rng.random() < 0.5:
+            images = images.flip(2)
+            classes = self.swap[classes.flip(1)]
+        varied = [
+            self._varied(rng, image.numpy(), CONTRASTS[channel])
+            for image, channel in zip(images[0], channels, strict=True)
+        ]
+        return torch.stack(varied)[None], classes
+
+    def _varied(self, rng: np.random.Generator, image: Array, contrast: str) -> torch.Tensor:
+        """Degrade an image, normalise it as the app does and vary its intensities."""
         image = degrade(image, rng, self.severity)
-        # The field of view, and with it the percentiles, differ from site to site.
+        low, high = limits(image, self.intensity[contrast])
+        if not high > low:
+            return torch.zeros(image.shape)
+        # What else is in the window differs from scan to scan, and with it the percentiles.
         width = high - low
+        spread = 0.5 + 0.5 * self.severity
         image = scale(
-            image, low + width * rng.uniform(-0.08, 0.08), high + width * rng.uniform(-0.2, 0.2)
+            image,
+            low + width * spread * rng.uniform(-0.08, 0.08),
+            high + width * spread * rng.uniform(-0.15, 0.15),
         )
         if rng.random() < 0.5:
-            image = image ** np.float32(np.exp(rng.normal(0, 0.3)))
+            image = image ** np.float32(np.exp(rng.normal(0, 0.3 * spread)))
         if rng.random() < 0.25 * self.severity:
             # A contrast that no site has: the shape has to be learnt, not the order of tissues.
             image = remap(image, rng)
-        return torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None]
+        return torch.from_numpy(np.ascontiguousarray(image, np.float32))
 
 
-class SimulatedRegions:
-    """Draws coarse fields of view from cached scans, with the region of their nuclei.
+def middle(inside: Array) -> Array | None:
+    """Return the middle of the box around what is inside, in voxels; ``None`` without any.
+
+    Examples
+    --------
+    >>> middle(np.array([[0, 0, 0], [0, 1, 1]]) > 0).tolist()
+    [1.0, 1.5]
+    """
+    places = np.argwhere(inside)
+    return (places.min(0) + places.max(0)) / 2 if len(places) else None
+
+
+def cut_window(
+    scan: Array,
+    channels: Sequence[int],
+    centre: Array,
+    shape: tuple[int, int, int],
+    rng: np.random.Generator,
+    strength: float = 0.6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut a window out of a cached scan, turned, scaled and bent at random.
 
     Parameters
     ----------
-    files, intensity, contrasts, severity
-        As for :class:`SimulatedPatches`.
+    scan : (C + 1, X, Y, Z) array
+        Contrasts, then labels.
+    channels
+        The contrasts to cut.
+    centre : (3,) array
+        Where the window's middle lies in the scan, in voxels.
+    shape
+        Size of the window in voxels.
+    rng
+        Source of randomness.
+    strength
+        Of the deformation; with 0 the window is a plain one.
+
+    Returns
+    -------
+    images : (1, len(channels), X, Y, Z) float32 tensor
+        Linear interpolation; zero beyond the scan.
+    classes : (1, X, Y, Z) int64 tensor
+        The class with the largest share.
+    """
+    corner = np.asarray(centre) - (np.array(shape) - 1) / 2
+    margin = 2 + np.ceil(0.2 * strength * max(shape)).astype(int)
+    low = np.floor(corner).astype(int) - margin
+    high = low + np.array(shape) + 2 * margin + 1
+    inside = tuple(
+        slice(min(max(a, 0), n), max(min(b, n), 0))
+        for a, b, n in zip(low, high, scan.shape[1:], strict=True)
+    )
+    around = [
+        (min(max(-a, 0), b - a), max(b - max(n, a), 0))
+        for a, b, n in zip(low, high, scan.shape[1:], strict=True)
+    ]
+    cut = np.stack([np.asarray(scan[channel][inside], np.float32) for channel in (*channels, -1)])
+    block = np.pad(cut, [(0, 0), *around])
+    x, y, z = (float(each) for each in corner - low)
+    places = random_warp(
+        rng, shape, (x, y, z), (block.shape[1], block.shape[2], block.shape[3]), strength,
+        torch.device("cpu"),
+    )  # fmt: skip
+    images, labels = torch.from_numpy(block[:-1])[None], torch.from_numpy(block[-1])[None]
+    return warp(images, labels.to(torch.uint8), 256, places)
+
+
+class SimulatedHeads:
+    """Draws coarse fields of view from cached heads, with the regions of their nuclei.
+
+    Parameters
+    ----------
+    files, intensity, contrasts, regions, severity
+        As for :class:`SimulatedWindows`; files as :func:`cache_head` writes them.
     step
-        Voxels of the cached scans to one of the drawn ones, a axis.
+        Voxels of the cached scans to one of the drawn ones, an axis.
     radius
-        Of the region, in voxels of the cached scans.
+        Of a region, in voxels of the cached scans.
     """
 
     def __init__(
@@ -280,9 +369,10 @@ class SimulatedRegions:
         files: Sequence[Path],
         intensity: dict[str, str],
         contrasts: dict[str, float],
+        regions: Sequence[Sequence[int]],
         *,
-        step: int = 4,
-        radius: float = 20.0,
+        step: int = 2,
+        radius: float = 8.0,
         severity: float = 1.0,
     ) -> None:
         self.severity = severity
@@ -291,23 +381,22 @@ class SimulatedRegions:
         self.scans = []
         for file in files:
             scan = np.load(file, mmap_mode="r")
-            labels = np.asarray(scan[-1]) > 0
-            inside = np.argwhere(labels)
-            centre = (inside.min(0) + inside.max(0)) / 2
-            region = _ball(labels.shape, centre, radius)
-            self.scans.append(
-                np.stack(
-                    [_pooled(np.asarray(each, np.float32), step) for each in (*scan[:-1], region)]
-                )
-            )
+            labels = np.asarray(scan[-1])
+            images = [_pooled(np.asarray(each, np.float32), step) for each in scan[:-1]]
+            balls = np.zeros(images[0].shape, np.float32)
+            for value, region in enumerate(regions, start=1):
+                centre = middle(np.isin(labels, region))
+                if centre is not None:
+                    balls[_ball(balls.shape, (centre + 0.5) / step - 0.5, radius / step)] = value
+            self.scans.append(np.stack([*images, balls]))
 
     def draw(self, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw a field of view: all of the head, a slab, with or without the nuclei.
 
         Returns
         -------
-        image : (1, 1, X, Y, Z) float32 tensor, normalised and augmented
-        classes : (1, X, Y, Z) long tensor, 1 in the region
+        image : (1, 1, X, Y, Z) float32 tensor, normalised and varied
+        classes : (1, X, Y, Z) long tensor, the number of the region from 1
         """
         scan = self.scans[int(rng.integers(len(self.scans)))]
         contrast = str(rng.choice(list(self.contrasts), p=list(self.contrasts.values())))
@@ -327,6 +416,8 @@ class SimulatedRegions:
             image = scale(image, *limits(image, self.intensity[contrast]))
         if rng.random() < 0.5:
             image = image ** np.float32(np.exp(rng.normal(0, 0.3)))
+        if rng.random() < 0.2 * self.severity:
+            image = remap(image, rng)
         return (
             torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None],
             torch.from_numpy(np.ascontiguousarray(region).astype(np.int64))[None],
@@ -340,7 +431,7 @@ def _pooled(volume: Array, step: int) -> Array:
 def _ball(shape: Sequence[int], centre: Array, radius: float) -> Array:
     x, y, z = np.ogrid[tuple(slice(n) for n in shape)]
     i, j, k = centre
-    return ((x - i) ** 2 + (y - j) ** 2 + (z - k) ** 2 <= radius**2).astype(np.float32)
+    return (x - i) ** 2 + (y - j) ** 2 + (z - k) ** 2 <= radius**2
 
 
 def cut_patch(

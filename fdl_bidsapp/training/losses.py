@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def soft_dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tensor:
+def soft_dice_loss(
+    logits: Tensor, target: Tensor, epsilon: float = 1.0, absent: float = 1.0
+) -> Tensor:
     """Return one minus the soft Dice, averaged over the structures and the batch.
 
     Parameters
@@ -19,6 +21,8 @@ def soft_dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tens
     epsilon
         Added to numerator and denominator, in voxels, so that a structure that is absent and not
         predicted costs nothing.
+    absent
+        Weight of the structures that an image does not hold, beside 1 of those that it does.
 
     Examples
     --------
@@ -33,17 +37,19 @@ def soft_dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tens
     axes = (2, 3, 4)
     overlap = (probabilities * truth).sum(axes)
     size = probabilities.sum(axes) + truth.sum(axes)
-    return 1 - ((2 * overlap + epsilon) / (size + epsilon)).mean()
+    dice = (2 * overlap + epsilon) / (size + epsilon)
+    weight = torch.where(truth.sum(axes) > 0, 1.0, absent)
+    return 1 - ((weight * dice).sum(1) / weight.sum(1)).mean()
 
 
 def dice_cross_entropy_loss(
-    logits: Tensor, target: Tensor, structure_weight: float = 1.0
+    logits: Tensor, target: Tensor, structure_weight: float = 1.0, absent: float = 1.0
 ) -> Tensor:
     """Return the sum of :func:`soft_dice_loss` and the voxel-wise cross-entropy.
 
     Parameters
     ----------
-    logits, target
+    logits, target, absent
         As for :func:`soft_dice_loss`.
     structure_weight
         Weight of a structure's voxel in the cross-entropy against one of background. Above 1 small
@@ -51,4 +57,5 @@ def dice_cross_entropy_loss(
     """
     weight = logits.new_full((logits.shape[1],), structure_weight, dtype=torch.float32)
     weight[0] = 1.0
-    return soft_dice_loss(logits, target) + F.cross_entropy(logits.float(), target, weight)
+    dice = soft_dice_loss(logits, target, absent=absent)
+    return dice + F.cross_entropy(logits.float(), target, weight)

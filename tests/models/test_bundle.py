@@ -229,13 +229,14 @@ def test_every_setting_has_to_be_there_and_of_its_type(model, key):
     for wrong in (None, [], {}, "", -1, 1e300, True, ["x"] * 3, [[1]] * 3, {"x": []}):
         if key == "provenance" and isinstance(wrong, dict):
             continue
-        if (key, wrong) in (("features", {}), ("locator", None), ("calibration", None)):
+        unset = (("features", {}), ("locator", None), ("calibration", None), ("regions", []))
+        if (key, wrong) in unset:
             continue
         altered = {**spec, key: wrong}
         rewrite(model, tensors, {**content, "spec": altered})
         refusal(model)
     rewrite(model, tensors, {**content, "spec": {k: v for k, v in spec.items() if k != key}})
-    if key in ("features", "locator", "calibration"):
+    if key in ("features", "locator", "calibration", "regions"):
         # Files from before there were such things are read as what they are.
         assert not getattr(load_bundle(model).spec, key)
     else:
@@ -335,6 +336,36 @@ def test_a_locator_that_cannot_serve_is_refused(changes):
     settings = {"method": "none", "labels": by_abbreviation(["RNL"]), **changes}
     with pytest.raises(ModelError, match="locator"):
         ModelSpec("located", locator=ModelSpec("coarse", **settings))
+
+
+def test_regions_come_back(tmp_path):
+    labels = by_abbreviation(["RNL", "RNR"])
+    options = {"width": 4, "levels": 2}
+    coarse = ModelSpec("coarse", method="none", backbone_options=options, labels=labels)
+    spec = ModelSpec(
+        "located",
+        backbone_options=options,
+        grid_shape=(16, 16, 16),
+        labels=by_abbreviation(["RNL", "DNL", "DNR"]),
+        locator=coarse,
+        regions=(("RNL",), ("DNL", "DNR")),
+    )
+    save_bundle(tmp_path / "located.safetensors", build_network(spec), spec)
+    again = load_bundle(tmp_path / "located.safetensors").spec
+    assert again == spec
+    assert again.windows == ((0,), (1, 2))
+
+
+@pytest.mark.parametrize(
+    "regions", [(("RNL",), ()), (("RNL",), ("RNL", "RNR")), (("RNL", "RNR"),), (("RNL",), ("SNL",))]
+)
+def test_regions_that_are_no_division_of_the_structures_are_refused(regions):
+    labels = by_abbreviation(["RNL", "RNR"])
+    coarse = ModelSpec("coarse", method="none", labels=labels)
+    with pytest.raises(ModelError, match=r"regions|locator"):
+        ModelSpec("located", labels=labels, locator=coarse, regions=regions)
+    with pytest.raises(ModelError, match="regions"):
+        ModelSpec("located", labels=labels, regions=(("RNL",), ("RNR",)))
 
 
 WEIGHTS = {INTERCEPT: 0.3, **{name: 0.5 * sign for name, sign in SIGNS.items()}}

@@ -165,8 +165,27 @@ def test_locates_the_largest_region_at_its_centre():
     image = np.zeros((20, 24, 18), np.float32)
     image[4:9, 10:15, 6:9] = 1
     image[15, 2, 2] = 1
-    assert locate(Bright(), image, CPU) == pytest.approx((6, 12, 7), abs=0.01)
+    (centre,) = locate(Bright(), image, CPU)
+    assert centre == pytest.approx((6, 12, 7), abs=0.01)
 
 
 def test_locates_nothing_where_there_is_no_region():
-    assert locate(Bright(), np.zeros((20, 24, 18), np.float32), CPU) is None
+    assert locate(Bright(), np.zeros((20, 24, 18), np.float32), CPU) == [None]
+
+
+class BrightAndDark(nn.Module):
+    """Two regions: what is brighter than 0.8, and what is darker than 0.2."""
+
+    def forward(self, volume: torch.Tensor) -> list[torch.Tensor]:
+        bright, dark = (volume - 0.8) * 40, (0.2 - volume) * 40
+        return [torch.cat([torch.zeros_like(volume), bright, dark], 1)]
+
+
+def test_locates_each_region_by_itself():
+    image = np.full((20, 24, 18), 0.5, np.float32)
+    image[4:9, 10:15, 6:9] = 1
+    assert locate(BrightAndDark(), image, CPU)[1] is None
+    image[12:15, 4:7, 10:15] = 0
+    bright, dark = locate(BrightAndDark(), image, CPU)
+    assert bright == pytest.approx((6, 12, 7), abs=0.01)
+    assert dark == pytest.approx((13, 5, 12), abs=0.01)

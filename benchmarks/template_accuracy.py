@@ -1,6 +1,6 @@
 """Measure a model on fresh simulated heads through the whole app, against the simulated truth.
 
-    python benchmarks/first_model_accuracy.py [--model default] [--participants 9] [--seed 9001]
+    python benchmarks/template_accuracy.py [--model default] [--participants 9] [--seed 9001]
 
 Nine participants are ten scans of nine heads; of the last one there are raw echoes only, from which
 the app makes the maps. The seed makes heads that no training has seen.
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="keep the simulated dataset here, and reuse it")
     options = parser.parse_args()
     command = (
-        f"python benchmarks/first_model_accuracy.py --model {options.model}"
+        f"python benchmarks/template_accuracy.py --model {options.model}"
         f" --participants {options.participants} --seed {options.seed}"
         f" --targets {' '.join(options.targets)}"
     )
@@ -84,7 +84,7 @@ def main() -> None:
     table = pd.DataFrame(rows)
     RESULTS.mkdir(exist_ok=True)
     table.to_csv(
-        RESULTS / "first_model_accuracy_cases.tsv", sep="\t", index=False, float_format="%.4f"
+        RESULTS / "template_accuracy_cases.tsv", sep="\t", index=False, float_format="%.4f"
     )
     summary = table.groupby(["target", "structure"], sort=False).agg(
         scans=("dice", "size"),
@@ -99,7 +99,7 @@ def main() -> None:
     summary["versions"] = (
         f"Python {platform.python_version()}, torch {version('torch')}, fdl-bidsapp {__version__}"
     )
-    summary.to_csv(RESULTS / "first_model_accuracy.tsv", sep="\t", index=False, float_format="%.3f")
+    summary.to_csv(RESULTS / "template_accuracy.tsv", sep="\t", index=False, float_format="%.3f")
     print(summary.iloc[:, :6].to_string(index=False))
 
 
