@@ -398,7 +398,7 @@ def segment_canvas(
         located = _located(canvas, spec, network.locator, device)
         pieces: list[tuple[Array, Corner]] = []
         for region, (centre, positions) in enumerate(zip(located, spec.windows, strict=True)):
-            if centre is None:
+            if centre is None or not positions:
                 continue
             start = _around(centre, canvas, grid)
             window = run(start, region)

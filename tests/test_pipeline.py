@@ -286,6 +286,14 @@ def test_a_region_that_is_not_found_leaves_the_other(located, blobs):
     assert [bool((each > 0.5).any()) for each in probabilities] == [False, True]
 
 
+def test_a_region_of_which_nothing_is_wanted_is_not_looked_at(located, blobs):
+    data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
+    regions = (("RNL", "RNR"), ())
+    looks, found = located(canvas_of(data, [], []), (12, 15, 16), (48, 15, 16), regions=regions)
+    assert looks == 1
+    assert centres(*found) == [[5, 16, 16], [16, 16, 16]]
+
+
 def test_windows_without_any_contrast_are_left_out(windows_run, blobs):
     data = np.zeros((64, 32, 32), np.float32)
     data[32:] = blobs().data()

@@ -86,12 +86,12 @@ class CaseBatches:
         self.seed = seed
         self.flips = may_flip(spec.labels)
         self.swap = torch.tensor([0, *(p + 1 for p in mirrored(spec.labels))], device=device)
-        self.cases = [_Resident(case, spec, device) for case in cases]
+        self.cases = [resident for case in cases for resident in _residents(case, spec, device)]
 
     def draw(self, step: int, progress: float = 0.0) -> tuple[Tensor, ...]:
         """Return a step's batch, as :func:`fdl_bidsapp.training.loop.train` takes it.
 
-        All cases are drawn once before any is drawn again.
+        All cases, and all regions of each, are drawn once before any is drawn again.
         """
         n = len(self.cases)
         samples = []
@@ -114,18 +114,20 @@ class CaseBatches:
             volumes[contrast] = images[:, i : i + 1]
             if self.augment:
                 volumes[contrast] = vary_intensity(volumes[contrast], rng, self.augment)
-        return volumes[target], classes, *self._others(volumes, target)
+        return volumes[target], classes, *self._others(volumes, target, case.region)
 
-    def _others(self, volumes: Mapping[str, Tensor], target: str) -> list[Tensor]:
+    def _others(self, volumes: Mapping[str, Tensor], target: str, region: int) -> list[Tensor]:
         if self.spec.method != "multimodal":
             return []
-        return other_low_parts(self.spec, volumes, target, self.bank, self.front)
+        bank = {contrast: lows[region:] for contrast, lows in self.bank.items()}
+        return other_low_parts(self.spec, volumes, target, bank, self.front)
 
     @torch.inference_mode()
     def mean_dice(self, network: nn.Module, mixed_precision: bool = True) -> float:
         """Return a network's mean Dice over cases and structures, on the unvaried windows.
 
-        A structure absent from a window takes no part; on the first target of each case.
+        A structure absent from a window, or of another region, takes no part; on the first target
+        of each case.
         """
         dtype = autocast_dtype(self.device) if mixed_precision else None
         values = []
@@ -142,18 +144,35 @@ class CaseBatches:
                 found.flatten(), minlength=n
             )
             both = torch.bincount(classes[found == classes].flatten(), minlength=n)
-            values.append((2 * both / sizes)[1:])
+            values.append((2 * both / sizes)[case.wanted])
         return float(torch.cat(values).nanmean())
 
 
-class _Resident:
-    """A case on the device, cut to the windows that hold its structures."""
+def _residents(case: Case, spec: ModelSpec, device: torch.device) -> list[_Resident]:
+    return [
+        _Resident(case, spec, region, start, device)
+        for region, start in enumerate(case.starts)
+        if start is not None
+    ]
 
-    def __init__(self, case: Case, spec: ModelSpec, device: torch.device) -> None:
+
+class _Resident:
+    """One region of a case on the device, cut to the windows that hold its structures."""
+
+    def __init__(
+        self,
+        case: Case,
+        spec: ModelSpec,
+        region: int,
+        start: tuple[int, int, int],
+        device: torch.device,
+    ) -> None:
+        self.region = region
+        self.wanted = [position + 1 for position in spec.windows[region]]
         self.shape = spec.grid_shape
         self.n_classes = len(spec.labels) + 1
         self.names = [contrast for contrast in case.maps if contrast in spec.intensity]
-        inside = np.argwhere(case.classes > 0)
+        inside = np.argwhere(np.isin(case.classes, self.wanted))
         canvas = case.classes.shape
         self.starts: list[tuple[int, int]] = []
         block = []
@@ -169,7 +188,7 @@ class _Resident:
             margin = math.ceil(BLOCK_MARGIN * length)
             begin = max(low - margin, 0)
             block.append(slice(begin, min(high + length + margin, canvas[axis])))
-            self.first.append(min(max(case.start[axis], low), high) - begin)
+            self.first.append(min(max(start[axis], low), high) - begin)
             self.starts.append((low - begin, high - begin))
         where = tuple(block)
         window = tuple(
@@ -229,7 +248,7 @@ def make_bank(
     for case in cases:
         missing = [c for c in (*spec.contrasts, *modalities) if c in case.maps and c not in bank]
         if missing:
-            resident = _Resident(case, spec, torch.device("cpu"))
+            resident = _residents(case, spec, torch.device("cpu"))[0]
             images, _ = resident.window(None, 0.0)
             for contrast in missing:
                 volume = images[:, [resident.names.index(contrast)]]

@@ -70,15 +70,16 @@ class Case:
         In the contrasts' units.
     classes : (X, Y, Z) uint8 array
         0 for background, k for the k-th structure.
-    start
-        Corner of the window that the model sees first.
+    starts
+        For each of the model's regions the corner of the window that it sees first; ``None`` where
+        nothing of the region is labelled.
     """
 
     name: str
     participant: str
     maps: dict[str, Array]
     classes: Array
-    start: tuple[int, int, int]
+    starts: tuple[tuple[int, int, int] | None, ...]
 
 
 def read_table(path: str | Path) -> list[LabelledScan]:
@@ -444,24 +445,36 @@ def load_case(
             path=labelled.label,
         )
     moved = canonical(nib.Nifti1Image(classes, images.affine))
+    starts: list[tuple[int, int, int] | None]
     if len(canvas.starts):
-        start = canvas.starts[0]
+        i, j, k = (int(n) for n in canvas.starts[0])
+        starts = [(i, j, k)]
     else:
-        # The model looks for its window itself; where it ought to find it is known here.
-        inside = np.argwhere(classes > 0)
-        middle = (np.linalg.inv(canvas.affine) @ images.affine) @ [
-            *(inside.min(0) + inside.max(0)) / 2,
-            1,
+        # The model looks for its windows itself; where it ought to find them is known here.
+        to_canvas_voxel = np.linalg.inv(canvas.affine) @ images.affine
+        starts = [
+            _centred(classes, positions, to_canvas_voxel, spec.grid_shape)
+            for positions in spec.windows
         ]
-        start = np.round(middle[:3] - (np.array(spec.grid_shape) - 1) / 2)
-    i, j, k = (int(n) for n in start)
     return Case(
         labelled.name,
         labelled.participant,
         canvas.maps,
         conform(moved, shape, canvas.affine, order=0).astype(np.uint8),
-        (i, j, k),
+        tuple(starts),
     )
+
+
+def _centred(
+    classes: Array, positions: Sequence[int], to_canvas_voxel: Array, shape: Sequence[int]
+) -> tuple[int, int, int] | None:
+    """Return the corner of the window around some structures."""
+    inside = np.argwhere(np.isin(classes, np.add(positions, 1)))
+    if not len(inside):
+        return None
+    middle = to_canvas_voxel @ [*(inside.min(0) + inside.max(0)) / 2, 1]
+    i, j, k = (int(n) for n in np.round(middle[:3] - (np.array(shape) - 1) / 2))
+    return i, j, k
 
 
 def load_cases(

@@ -338,12 +338,16 @@ def continued_spec(settings: TrainingSettings, base: Bundle) -> tuple[ModelSpec,
             f"the model {base.spec.name!r} does not segment {', '.join(absent)}",
             f"choose --targets among {', '.join(base.spec.contrasts)}",
         )
+    wanted = {label.abbreviation for label in labels}
     # What the base's probabilities are worth says nothing of the model to come.
     spec = replace(
         base.spec,
         name=settings.name,
         contrasts=settings.targets,
         labels=labels,
+        regions=tuple(
+            tuple(name for name in region if name in wanted) for region in base.spec.regions
+        ),
         calibration=None,
     )
     return spec, known

@@ -31,7 +31,7 @@ def case_of(seed, shape=GRID, contrasts=("qsm",)):
     classes[middle[0] + 1 : middle[0] + 5, 4:8, 4:8] = 2
     image = np.where(classes == 1, 1.0, np.where(classes == 2, 0.5, 0.1))
     image = (image + rng.normal(0, 0.01, shape)).astype(np.float32)
-    return Case(f"case{seed}", str(seed), dict.fromkeys(contrasts, image), classes, (0, 0, 0))
+    return Case(f"case{seed}", str(seed), dict.fromkeys(contrasts, image), classes, ((0, 0, 0),))
 
 
 def test_every_case_is_drawn_once_before_any_is_drawn_again():
@@ -143,3 +143,51 @@ def test_mean_dice_is_one_for_a_network_that_is_right():
     case.classes[case.classes == 2] = 0
     half = CaseBatches([case], spec, {}, CPU).mean_dice(Threshold())
     assert half == pytest.approx(0.5)
+
+
+def located_spec(**changes):
+    """Two structures, each in a region of its own."""
+    coarse = ModelSpec("coarse", method="none", labels=SIDES, contrasts=("qsm", "imag"))
+    regions = (("RNL",), ("RNR",))
+    return spec_of(grid_shape=(8, 12, 12), locator=coarse, regions=regions, **changes)
+
+
+def test_each_region_of_a_case_is_a_window_of_its_own():
+    case = case_of(0, (32, 12, 12))
+    both = Case(case.name, "0", case.maps, case.classes, ((9, 0, 0), (15, 0, 0)))
+    batches = CaseBatches([both], located_spec(), {}, CPU, batch=2)
+    image, classes = batches.draw(0)
+    assert image.shape == (2, 1, 8, 12, 12)
+    largest = sorted(int(torch.bincount(each.flatten())[1:].argmax()) for each in classes)
+    assert largest == [0, 1]
+    one = Case(case.name, "0", case.maps, case.classes, (None, (15, 0, 0)))
+    assert len(CaseBatches([one], located_spec(), {}, CPU).cases) == 1
+
+
+class Alike(nn.Module):
+    """Calls everything structure 1."""
+
+    def forward(self, image, others=()):
+        return [torch.cat([image * 0, image * 0 + 1, image * 0], 1)]
+
+
+def test_a_region_is_measured_by_its_own_structures():
+    case = case_of(0, (32, 12, 12))
+    only_right = Case(case.name, "0", case.maps, case.classes, (None, (15, 0, 0)))
+    # Its window holds structure 2, none of which is found; structure 1 is not asked for there.
+    assert CaseBatches([only_right], located_spec(), {}, CPU).mean_dice(Alike()) == 0.0
+
+
+def test_each_region_has_low_parts_of_its_own():
+    case = case_of(0, (32, 12, 12))
+    both = Case(case.name, "0", case.maps, case.classes, ((9, 0, 0), (15, 0, 0)))
+    spec = located_spec(method="multimodal", contrasts=("qsm",))
+    low = [
+        torch.full([2 * m + 1 for m in window_halfwidths(spec.grid_shape, spec.theta)], v)
+        for v in (1.0, 2.0)
+    ]
+    batches = CaseBatches([both], spec, {"imag": low}, CPU, batch=2)
+    _, classes, others = batches.draw(0)
+    for each, other in zip(classes, others, strict=True):
+        region = int(torch.bincount(each.flatten(), minlength=3)[1:].argmax())
+        assert float(other.mean()) == region + 1

@@ -249,6 +249,20 @@ def test_of_a_models_structures_only_the_wanted_ones_stay(base):
     torch.testing.assert_close(found, wanted[:, [0, 2]])
 
 
+def test_of_a_models_regions_the_wanted_structures_stay(base):
+    before, values = base
+    names = [label.abbreviation for label in before.spec.labels]
+    labels = tuple(replace(label, mapping=None) for label in before.spec.labels)
+    locator = replace(before.spec.locator, labels=labels)
+    spec = replace(before.spec, locator=locator, regions=tuple((name,) for name in names))
+    located = replace(before, spec=spec)
+    settings = make_settings({**values, "structures": ["Darkball"]})
+    continued, _ = continued_spec(settings, located)
+    # The locator still finds both regions, and nothing is looked for in one of them.
+    assert continued.regions == ((), ("Darkball",))
+    assert continued.windows == ((), (0,))
+
+
 def test_a_table_that_happens_to_lie_here_says_nothing(base, tmp_path, monkeypatch):
     before, values = base
     (tmp_path / "dseg.tsv").write_text("index\tname\n7\tSomething else\n")
