@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +15,50 @@ import torch
 from machine import machine
 
 from fdl_bidsapp import __version__
-from fdl_bidsapp.bids.outputs import write_tsv
-from fdl_bidsapp.training.evaluate import MEAN
+from fdl_bidsapp.bids.outputs import read_record, write_tsv
+from fdl_bidsapp.training.evaluate import CASE_COLUMNS, MEAN
 from fdl_bidsapp.training.experiment import (
     DIFFERENCE_COLUMNS,
     PUBLISHED_COLUMNS,
     RESULT_COLUMNS,
+    Experiment,
     add_published,
     aggregate,
     method_differences,
+    plain,
     read_cases,
+    recorded,
 )
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ("dice", "hd95")
 
 
+def unfinished(experiment: Experiment, name: str) -> Experiment:
+    """Leave out the runs whose cases are in the results already, made with the same settings."""
+    known = {row["settings"] for row in _kept(name)}
+    runs = [run for run in experiment.runs if _digest(recorded(run, experiment)) not in known]
+    return replace(experiment, runs=tuple(runs))
+
+
 def gather(
     name: str,
-    files: Sequence[Path],
+    output: Path,
     axes: Sequence[str],
     command: str,
     published: Path | None = None,
     chosen: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write means and differences of methods over the cases of several experiments.
+    """Add the runs of a folder to the kept cases; write means and differences of methods of all.
+
+    The cases are kept so that an experiment can go on elsewhere.
 
     Parameters
     ----------
     name
         Of the tables.
-    files
-        The experiments' ``cases.tsv``.
+    output
+        Holds the finished runs, each in a folder of its own.
     axes
         Settings that vary.
     command
@@ -51,9 +66,18 @@ def gather(
     published, chosen
         Table of published values, and which to show beside.
     """
-    cases = [row for file in files for row in read_cases(file)]
+    cases: list[dict[str, Any]] = list(_kept(name))
+    known = {row["settings"] for row in cases}
+    for file in sorted(output.glob("**/runs/*/cases.tsv")):
+        record = read_record(file.with_name("settings.json"))
+        digest = _digest(record)
+        if digest not in known:
+            given = {axis: plain(record["settings"][axis]) for axis in axes}
+            cases += [{"settings": digest, **given, **row} for row in read_cases(file)]
     if not cases:
         return
+    columns = ("settings", *axes, *CASE_COLUMNS)
+    write_tsv(RESULTS / f"{name}_cases.tsv", _rounded(cases), columns)
     results = aggregate(cases, axes)
     if published is not None:
         add_published(results, published, chosen or {})
@@ -62,6 +86,22 @@ def gather(
     _write(name, results, (*group, *RESULT_COLUMNS, *PUBLISHED_COLUMNS), made)
     columns = (*group, "reference_method", *DIFFERENCE_COLUMNS)
     _write(f"{name}_differences", method_differences(cases, axes), columns, made)
+
+
+def _kept(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}_cases.tsv"
+    return read_cases(path) if path.exists() else []
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _rounded(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+        for row in rows
+    ]
 
 
 def made_by(command: str) -> dict[str, str]:

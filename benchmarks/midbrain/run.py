@@ -3,8 +3,8 @@
     python benchmarks/midbrain/run.py COHORT OUT [--recipes paper strong] [--seeds 1] \
         [--jobs 2] [--max-minutes 60]
 
-``COHORT`` is from ``cohort.py``. Run again, it goes on; the results are those of the runs that are
-done.
+``COHORT`` is from ``cohort.py``. Run again, it goes on, also on another machine: runs whose cases
+are in the results are not done again. The results are those of the runs that are done.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from experiment_tables import gather
+from experiment_tables import gather, unfinished
 
 from fdl_bidsapp.training.experiment import make_experiment, run_experiment
 from fdl_bidsapp.training.fit import read_toml
@@ -42,7 +42,7 @@ def main() -> None:
     for recipe in options.recipes:
         gather(
             f"midbrain_{recipe}",
-            sorted((options.out / recipe).glob("*/cases.tsv")),
+            options.out / recipe,
             tuple(read_toml(HERE / f"{recipe}.toml")["grid"]),
             f"python benchmarks/midbrain/run.py COHORT OUT --recipes {recipe}",
         )
@@ -62,7 +62,7 @@ def run(
         values["grid"]["method"] = [method for method in methods if method != "multimodal"]
         del values["modalities"]
     run_experiment(
-        make_experiment(values),
+        unfinished(make_experiment(values), f"midbrain_{recipe}"),
         options.out / recipe / f"{part}-{seed}",
         jobs=options.jobs,
         max_minutes=max(options.max_minutes - minutes_spent, 0),

@@ -5,8 +5,9 @@
 
 ``TABLES`` is from ``tables.py``. Fold by fold, each grid is trained on the training participants
 outside the fold, with the fold's number as the seed, and measured on the participants of the fold:
-the validation crops only choose the weights where a recipe chooses. Run again, it goes on. The
-results are those of the runs that are done.
+the validation crops only choose the weights where a recipe chooses. Run again, it goes on, also on
+another machine: runs whose cases are in the results are not done again. The results are those of
+the runs that are done.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from experiment_tables import gather
+from experiment_tables import gather, unfinished
 
 from fdl_bidsapp.training.experiment import make_experiment, run_experiment
 from fdl_bidsapp.training.fit import read_toml
@@ -45,7 +46,7 @@ def main() -> None:
             values["table"] = str(options.tables / f"fold-{fold}.tsv")
             values["grid"]["seed"] = [fold]
             run_experiment(
-                make_experiment(values),
+                unfinished(make_experiment(values), f"msd_{grid}"),
                 options.out / grid / f"fold-{fold}",
                 jobs=options.jobs,
                 max_minutes=max(left, 0),
@@ -55,7 +56,7 @@ def main() -> None:
         values = read_toml(HERE / f"{grid}.toml")
         gather(
             f"msd_{grid}",
-            sorted((options.out / grid).glob("fold-*/cases.tsv")),
+            options.out / grid,
             tuple(dict.fromkeys([*values["grid"], "seed"])),
             f"python benchmarks/msd_hippocampus/run.py TABLES OUT --grids {grid}",
             options.published,

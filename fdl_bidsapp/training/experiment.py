@@ -132,7 +132,7 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
     runs = []
     for choice in itertools.product(*grid.values()):
         point = dict(zip(grid, choice, strict=True))
-        name = ",".join(f"{key}={_plain(value)}" for key, value in point.items())
+        name = ",".join(f"{key}={plain(value)}" for key, value in point.items())
         settings = {**base, **point, "name": name}
         make_settings(settings)
         runs.append(Run(name, point, settings))
@@ -259,7 +259,7 @@ def gather(runs: Sequence[Run], output: Path) -> list[Row]:
     """Read the measured cases of finished runs, each with its place in the grid."""
     rows: list[Row] = []
     for run in runs:
-        point = {key: _plain(value) for key, value in run.point.items()}
+        point = {key: plain(value) for key, value in run.point.items()}
         rows += [{**point, **row} for row in read_cases(_folder(run, output) / "cases.tsv")]
     return rows
 
@@ -525,7 +525,7 @@ def _do(
         )
         model = fit(settings, folder / "model.safetensors", device=device)
         rows = evaluate(load_bundle(model), scans, device=device, flips=experiment.flips)
-        write_json(folder / "settings.json", _recorded(run, experiment))
+        write_json(folder / "settings.json", recorded(run, experiment))
         write_tsv(folder / "cases.tsv", rows, CASE_COLUMNS)
     except FdlError as error:
         return error
@@ -536,7 +536,7 @@ def _is_done(run: Run, experiment: Experiment, output: Path) -> bool:
     folder = _folder(run, output)
     if not (folder / "cases.tsv").is_file():
         return False
-    if read_record(folder / "settings.json") != _recorded(run, experiment):
+    if read_record(folder / "settings.json") != recorded(run, experiment):
         raise DataError(
             "this run was done with other settings",
             "choose another output, or remove its folder to do it again",
@@ -545,7 +545,8 @@ def _is_done(run: Run, experiment: Experiment, output: Path) -> bool:
     return True
 
 
-def _recorded(run: Run, experiment: Experiment) -> dict[str, Any]:
+def recorded(run: Run, experiment: Experiment) -> dict[str, Any]:
+    """Return what a finished run was made with, as its ``settings.json`` holds it."""
     settings = {key: value for key, value in run.values.items() if key not in PATHS}
     content = {"settings": settings, "split": experiment.split, "flips": experiment.flips}
     plain: dict[str, Any] = json.loads(json.dumps(content))
@@ -560,6 +561,13 @@ def _group_axes(axes: Sequence[str]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if axis != "seed")
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
+    """Write a setting for the name of a run.
+
+    Examples
+    --------
+    >>> plain(["qsm", "imag"]), plain(4)
+    ('qsm----imag', '4')
+    """
     text = value if isinstance(value, str) else json.dumps(value)
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-")
