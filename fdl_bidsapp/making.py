@@ -106,7 +106,13 @@ def recon_identity(recon: str) -> str:
 
 
 def make_maps(
-    scan: Scan, recon: str, folder: Path, *, threads: int = 1, device: str = "cpu"
+    scan: Scan,
+    recon: str,
+    folder: Path,
+    *,
+    reference: str = "brain",
+    threads: int = 1,
+    device: str = "cpu",
 ) -> MadeMaps:
     """Make the contrasts that a scan has raw echoes for, but no map of.
 
@@ -119,6 +125,8 @@ def make_maps(
         reconstruction network: ``pedqnet`` or a model file.
     folder
         Where the maps are put.
+    reference
+        What has susceptibility 0; see :data:`~fdl_bidsapp.imaging.reconstruction.REFERENCES`.
     threads
         CPU threads.
     device
@@ -178,7 +186,8 @@ def make_maps(
         save("T2starmap", r2star_from_t2star(rate), source, text, about)
     if source := wanted.get("qsm") or wanted.get("swi"):
         try:
-            made = _reconstruct(source, echoes_of, scan, recon, threads, device, notes)
+            how = {"reference": reference, "threads": threads, "device": device}
+            made = _reconstruct(source, echoes_of, scan, recon, how, notes)
         except FdlError as error:
             notes.append(f"QSM and SWI were not made: {error}")
         else:
@@ -207,8 +216,7 @@ def _reconstruct(
     echoes_of: Any,
     scan: Scan,
     recon: str,
-    threads: int,
-    device: str,
+    how: Mapping[str, Any],
     notes: list[str],
 ) -> Reconstruction:
     reference, magnitude = echoes_of(source)
@@ -233,11 +241,11 @@ def _reconstruct(
         source.phase_unit,
     )
     brain = _brain(scan.brain_mask, reference, notes)
-    how: dict[str, Any] = {"brain": brain, "threads": threads, "device": device}
     if recon in ("auto", *INVERSIONS):
-        return reconstruct(echoes, DEFAULT_INVERSION if recon == "auto" else recon, **how)
-    invert, description = network_inversion(recon, device)
-    made = reconstruct(echoes, invert, **how)
+        name = DEFAULT_INVERSION if recon == "auto" else recon
+        return reconstruct(echoes, name, brain=brain, **how)
+    invert, description = network_inversion(recon, how["device"])
+    made = reconstruct(echoes, invert, brain=brain, **how)
     return replace(made, parameters={**made.parameters, "DipoleInversion": description})
 
 

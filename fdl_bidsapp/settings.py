@@ -17,6 +17,7 @@ CONTRASTS = ("qsm", "r2star", "imag", "swi")
 TARGETS = ("auto", *CONTRASTS)
 DEVICES = ("auto", "cpu", "cuda")
 PAPER_MEASURES = ("volume", "qsm_mean", "r2star_mean")
+QSM_REFERENCES = ("brain", "csf")
 RECONSTRUCTIONS = ("auto", "never", "tv", "tikhonov", "tkd", "ndi", "pedqnet")
 SPACES = ("MNI152NLin2009aSym",)
 
@@ -57,6 +58,8 @@ class Settings:
         How susceptibility and SWI are made from raw echoes where a scan has no map of them:
         ``auto`` (total variation), ``never``, the name of a dipole inversion, or a reconstruction
         network: ``pedqnet`` or a model file.
+    qsm_reference
+        What has susceptibility 0 in maps made here: ``brain``, or ``csf``, the ventricles' fluid.
     target
         Contrast to segment; ``auto`` takes the best one a scan has.
     model
@@ -111,6 +114,7 @@ class Settings:
     bids_database_dir: Path | None = None
     skip_bids_validation: bool = False
     recon: str = "auto"
+    qsm_reference: str = "brain"
     target: str = "auto"
     model: str = "default"
     device: str = "auto"

@@ -134,6 +134,7 @@ def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> W
             MakeMaps(
                 scan=job.scan,
                 recon=settings.recon,
+                reference=settings.qsm_reference,
                 device=compute.device,
                 use_gpu=compute.device == "cuda",
                 threads=compute.threads,

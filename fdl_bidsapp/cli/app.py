@@ -339,6 +339,7 @@ def _result_options(settings: Settings, bundle: Bundle) -> dict[str, object]:
     options: dict[str, object] = {
         "model": bundle.sha256,
         "recon": recon_identity(settings.recon),
+        "qsm_reference": settings.qsm_reference,
         "target": settings.target,
         "flips": settings.flips,
         "probabilities": settings.save_probabilities,

@@ -14,6 +14,7 @@ from fdl_bidsapp.errors import UnknownLevelError, UsageError
 from fdl_bidsapp.settings import (
     DEVICES,
     LEVELS,
+    QSM_REFERENCES,
     RECONSTRUCTIONS,
     SPACES,
     TARGETS,
@@ -159,6 +160,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "'auto' by total variation, 'never' not at all, or by one of tv (total variation), "
         "tikhonov, tkd (thresholded division), ndi (non-linear), pedqnet (a network), or a model "
         "file of 'fdl train --recipe pedqnet'" + _default("recon"),
+    )
+    group.add_argument(
+        "--qsm-reference",
+        choices=QSM_REFERENCES,
+        help="what has susceptibility 0 in QSM made here: the mean over the 'brain', or 'csf', the "
+        "cerebrospinal fluid of the ventricles where it is found" + _default("qsm_reference"),
     )
 
     group = parser.add_argument_group("Segmentation")

@@ -17,7 +17,7 @@ from fdl_bidsapp.physics.convention import phase_to_radians, sign_of_field
 from fdl_bidsapp.physics.dipole import field_direction
 from fdl_bidsapp.physics.inversion import thresholded_division, tikhonov
 from fdl_bidsapp.physics.iterative import nonlinear_inversion, total_variation
-from fdl_bidsapp.physics.masking import brain_mask, reliable_phase
+from fdl_bidsapp.physics.masking import brain_mask, reliable_phase, ventricular_fluid
 from fdl_bidsapp.physics.swi import SLAB, minimum_intensity_projection, susceptibility_weighted
 from fdl_bidsapp.physics.unwrapping import fit_unwrapped_field
 
@@ -36,6 +36,15 @@ SWI_PHASE_TIME = 0.060
 
 WEAK_SIGN = 0.005
 """ppm; below it, the contrast that tells the sign of the phase may be chance."""
+
+REFERENCES = {
+    "brain": "mean over the mask",
+    "csf": "mean of the cerebrospinal fluid of the ventricles",
+}
+"""What has susceptibility 0, by the name it has on the command line."""
+
+LEAST_FLUID = 0.3
+"""ml of cerebrospinal fluid that a reference needs."""
 
 SMALLEST_BRAIN = 50.0
 """ml; a newborn's brain has some 300."""
@@ -102,6 +111,7 @@ def reconstruct(
     echoes: RawEchoes,
     inversion: str | Inversion = "tv",
     *,
+    reference: str = "brain",
     brain: Array | None = None,
     threads: int = 1,
     device: str = "cpu",
@@ -115,6 +125,8 @@ def reconstruct(
     inversion
         One of :data:`INVERSIONS`, or a function of local field, mask, voxel size, field direction,
         weight and radians per ppm.
+    reference
+        One of :data:`REFERENCES`. Where no fluid is found it is the brain, with a note.
     brain : (X, Y, Z) bool array
         Brain mask; found in the magnitude if not given.
     threads
@@ -128,11 +140,15 @@ def reconstruct(
         The phase's unit cannot be told, or there is no brain in the mask.
     """
     with scipy.fft.set_workers(threads):
-        return _reconstruct(echoes, inversion, brain, device)
+        return _reconstruct(echoes, inversion, reference, brain, device)
 
 
 def _reconstruct(
-    echoes: RawEchoes, inversion: str | Inversion, given: Array | None, device: str
+    echoes: RawEchoes,
+    inversion: str | Inversion,
+    reference: str,
+    given: Array | None,
+    device: str,
 ) -> Reconstruction:
     spacing = np.linalg.norm(echoes.affine[:3, :3], axis=0)
     direction = field_direction(echoes.affine)
@@ -154,7 +170,8 @@ def _reconstruct(
 
     # The noise of the field is that of phase over echo time, weighted as the fit weights it.
     weight = np.sqrt((magnitude**2 * times.astype(np.float32) ** 2).sum(-1))
-    sign, evidence = _sign(echoes, local, inside, spacing, direction)
+    decay = None if len(times) == 1 else r2star_loglinear(magnitude, echoes.echo_times)
+    sign, evidence = _sign(echoes, decay, local, inside, spacing, direction)
     if abs(evidence) < WEAK_SIGN:
         sign = 1
         notes.append("the sign of the phase could not be told from iron and veins: taken as it is")
@@ -165,7 +182,19 @@ def _reconstruct(
     radians_per_ppm = 2 * np.pi * GAMMA_BAR * echoes.field_strength * float(times.mean())
     invert = inversion if callable(inversion) else named_inversion(inversion, device)
     chi = invert(local, inside, spacing, direction, weight, radians_per_ppm)
-    chi = np.where(inside, chi - chi[inside].mean(), 0).astype(np.float32)
+    zero = inside
+    if reference == "csf":
+        fluid = np.zeros_like(inside)
+        if decay is not None:
+            fluid = ventricular_fluid(decay, inside, spacing)
+        if np.count_nonzero(fluid) * np.prod(spacing) / 1000 >= LEAST_FLUID:
+            zero = fluid
+        else:
+            reference = "brain"
+            notes.append(
+                "no cerebrospinal fluid was found to refer QSM to: it is referred to the brain"
+            )
+    chi = np.where(inside, chi - chi[zero].mean(), 0).astype(np.float32)
 
     late = int(np.argmin(np.abs(times * echoes.field_strength - SWI_PHASE_TIME)))
     swi = susceptibility_weighted(signal[..., late], spacing, sign)
@@ -179,7 +208,7 @@ def _reconstruct(
         "Unwrapping": "path-based in space, then along the echoes",
         "BackgroundRemoval": f"V-SHARP, radii from {SMALLEST_RADIUS:g} to {LARGEST_RADIUS:g} mm",
         "DipoleInversion": INVERSIONS[inversion] if isinstance(inversion, str) else "network",
-        "SusceptibilityReference": "mean over the mask",
+        "SusceptibilityReference": REFERENCES[reference],
         "SWIEchoTime": float(times[late]),
         "ProjectionThickness": SLAB,
     }
@@ -226,14 +255,15 @@ def named_inversion(name: str, device: str = "cpu") -> Inversion:
 
 
 def _sign(
-    echoes: RawEchoes, local: Array, inside: Array, spacing: Array, direction: Array
+    echoes: RawEchoes,
+    decay: Array | None,
+    local: Array,
+    inside: Array,
+    spacing: Array,
+    direction: Array,
 ) -> tuple[int, float]:
     rough = thresholded_division(local, inside, spacing.tolist(), direction)
-    if len(echoes.echo_times) > 1:
-        decay = r2star_loglinear(echoes.magnitude, echoes.echo_times)
-    else:
-        decay = -echoes.magnitude[..., 0]
-    return sign_of_field(rough, decay, inside)
+    return sign_of_field(rough, -echoes.magnitude[..., 0] if decay is None else decay, inside)
 
 
 def _check_brain(mask: Array, spacing: Array, where: str) -> None:

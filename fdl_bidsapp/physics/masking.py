@@ -1,4 +1,4 @@
-"""A brain mask from magnitude alone."""
+"""Masks from magnitude and its decay: of the brain, of reliable phase, of the ventricles."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ LARGEST_HOLE = 5.0
 
 MOST_RESIDUAL = 0.6
 """Radians; phase that is noise alone leaves 1.8."""
+
+FLUID_DECAY = 5.0
+"""1/s; R2* of cerebrospinal fluid is lower, that of tissue at 1.5 T and above higher."""
+
+CENTRE = 30.0
+"""mm around the middle of the brain, where the ventricles are."""
+
+VENTRICLES = 3
+"""Largest pieces of fluid there that are taken: both lateral ventricles and the third."""
 
 
 def brain_mask(magnitude: Array, spacing: Sequence[float]) -> Array:
@@ -149,3 +158,45 @@ def reliable_phase(
     if residual is not None:
         reliable &= ndi.uniform_filter(residual, 3) < MOST_RESIDUAL
     return ndi.binary_fill_holes(_largest(ndi.binary_opening(reliable))) & mask
+
+
+def ventricular_fluid(r2star: Array, mask: Array, spacing: Sequence[float]) -> Array:
+    """Find cerebrospinal fluid of the ventricles, as a reference of susceptibility.
+
+    Parameters
+    ----------
+    r2star : (X, Y, Z) array
+        1/s.
+    mask : (X, Y, Z) bool array
+        Where susceptibility is known.
+    spacing
+        Voxel size in mm.
+
+    Returns
+    -------
+    (X, Y, Z) bool array
+        Fluid in the middle of the mask, without voxels that touch tissue; empty where there is
+        none.
+
+    Notes
+    -----
+    What decays slowly, in the largest pieces near the middle of the brain: the choice of Liu et
+    al., Magn. Reson. Med. 79 (2018) 2795-2803.
+    """
+    sizes = np.asarray(spacing, float)
+    if not mask.any():
+        return np.zeros(mask.shape, bool)
+    middle = ndi.center_of_mass(mask)
+    axes = [
+        ((np.arange(n) - c) * size) ** 2
+        for n, c, size in zip(mask.shape, middle, sizes, strict=True)
+    ]
+    near = axes[0][:, None, None] + axes[1][:, None] + axes[2] < CENTRE**2
+    # One voxel may be noise, and one at the edge is part tissue.
+    smooth = ndi.median_filter(np.asarray(r2star, np.float32), 3)
+    fluid = ndi.binary_erosion(mask & near & (smooth < FLUID_DECAY))
+    pieces, n = ndi.label(fluid)
+    counts = np.bincount(pieces.ravel(), minlength=n + 1)
+    counts[0] = 0
+    largest = np.argsort(counts)[::-1][:VENTRICLES]
+    return np.isin(pieces, largest[counts[largest] > 0]) & fluid

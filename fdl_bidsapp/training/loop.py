@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,8 @@ def train(
     draw
         Gives the batch of a step: image (B, 1, X, Y, Z), classes (B, X, Y, Z) and, for multimodal
         fusion, the low parts of the other contrasts; from the step's number and the progress from
-        0 to 1, so that a resumed training sees the same stream.
+        0 to 1, so that a resumed training sees the same stream. It is called in another thread, a
+        step ahead.
     loss
         Takes the list of logits and the classes.
     schedule
@@ -159,7 +161,9 @@ def train(
     log = _Log(folder / "log.tsv", state.step)
     started = saved = time.monotonic() - state.spent
     rate = schedule.learning_rate
-    with _progress_bar() as bar:
+    # The next batch is drawn while the network works on this one.
+    with _progress_bar() as bar, ThreadPoolExecutor(1) as ahead:
+        following: Future[tuple[Tensor, ...]] | None = None
         while True:
             state.spent = time.monotonic() - started
             progress = max(state.step / schedule.steps, state.spent / 60 / schedule.max_minutes)
@@ -181,7 +185,9 @@ def train(
             rate = schedule.learning_rate
             if schedule.one_cycle:
                 rate = learning_rate_at(progress, rate)
-            image, classes, *others = (t.to(device) for t in draw(state.step, progress))
+            batch = following.result() if following else draw(state.step, progress)
+            following = ahead.submit(draw, state.step + 1, progress)
+            image, classes, *others = (t.to(device) for t in batch)
             with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 outputs = network(image, others)
             log.add(state.advance(loss(outputs, classes), rate))

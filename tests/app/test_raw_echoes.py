@@ -108,6 +108,18 @@ def test_what_is_made_is_not_made_again(study, raw):
     assert path.exists()
 
 
+def test_another_reference_is_another_result(study, raw):
+    raw()
+    sidecar = study.out / "sub-01/anat/sub-01_space-orig_Chimap.json"
+    assert study.run("participant", "--recon", "tkd") == 0
+    before = sidecar.stat().st_mtime_ns
+    assert study.run("participant", "--recon", "tkd", "--qsm-reference", "csf") == 0
+    assert sidecar.stat().st_mtime_ns != before
+    # There is no fluid in this head.
+    assert json.loads(sidecar.read_text())["SusceptibilityReference"] == "mean over the mask"
+    assert any("no cerebrospinal fluid" in note for note in study.record("01")["Notes"])
+
+
 def test_never_leaves_phase_alone(study, raw):
     raw()
     assert study.run("participant", "--recon", "never") == 0

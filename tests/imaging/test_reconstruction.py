@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from fdl_bidsapp.errors import DataError
-from fdl_bidsapp.imaging.reconstruction import INVERSIONS, RawEchoes, reconstruct
+from fdl_bidsapp.imaging.reconstruction import INVERSIONS, REFERENCES, RawEchoes, reconstruct
 from fdl_bidsapp.physics.dipole import field_direction, field_from_susceptibility
 from fdl_bidsapp.physics.signal import multi_echo_signal
+from fdl_bidsapp.settings import QSM_REFERENCES
 
 SHAPE, SPACING = (40, 38, 30), (3.0, 3.0, 4.0)
 TIMES = (0.004, 0.012, 0.020)
@@ -133,3 +134,48 @@ def test_an_inversion_of_ones_own_is_given_what_it_needs(echoes):
     np.testing.assert_allclose(seen["spacing"], SPACING)
     assert seen["turn"] == pytest.approx(2 * np.pi * 42.577 * 3 * 0.012)
     assert seen["weight"].shape == SHAPE
+
+
+FLUID = distance((0, 10, 8)) < 13
+
+
+@pytest.fixture(scope="module")
+def with_ventricle(echoes) -> RawEchoes:
+    """The same brain with a ball of fluid, which is diamagnetic against tissue."""
+    affine = oblique()
+    chi = np.where(IRON, 0.2, np.where(FLUID, -0.03, 0.0))
+    field = field_from_susceptibility(chi, SPACING, field_direction(affine))
+    rate = np.where(IRON, 70.0, np.where(FLUID, 1.0, 20.0))
+    signal = multi_echo_signal(np.where(BRAIN, 1.0, 0.0), rate, field, TIMES, 3.0)
+    noise = np.random.default_rng(0).normal(0, 0.005, (*signal.shape, 2))
+    signal = signal + noise[..., 0] + 1j * noise[..., 1]
+    return replace(
+        echoes,
+        magnitude=np.abs(signal).astype(np.float32),
+        phase=np.angle(signal).astype(np.float32),
+    )
+
+
+def test_fluid_is_the_reference_where_it_is_asked_for(with_ventricle):
+    brain = reconstruct(with_ventricle, "tv")
+    fluid = reconstruct(with_ventricle, "tv", reference="csf")
+    inside = distance((0, 10, 8)) < 8
+    assert abs(fluid.maps["qsm"][inside].mean()) < 0.006
+    assert brain.maps["qsm"][inside].mean() < -0.015
+    # One constant is all that differs.
+    assert np.ptp((fluid.maps["qsm"] - brain.maps["qsm"])[brain.mask]) < 1e-5
+    assert not fluid.notes
+    assert fluid.parameters["SusceptibilityReference"] == REFERENCES["csf"]
+    assert brain.parameters["SusceptibilityReference"] == REFERENCES["brain"]
+
+
+def test_without_fluid_the_brain_is_the_reference_and_it_is_said(echoes):
+    brain = reconstruct(echoes, "tkd")
+    other = reconstruct(echoes, "tkd", reference="csf")
+    np.testing.assert_array_equal(brain.maps["qsm"], other.maps["qsm"])
+    assert other.parameters["SusceptibilityReference"] == REFERENCES["brain"]
+    assert "no cerebrospinal fluid" in other.notes[-1]
+
+
+def test_the_references_are_those_of_the_command_line():
+    assert tuple(REFERENCES) == QSM_REFERENCES

@@ -13,6 +13,7 @@ from fdl_bidsapp.memory import kept_memory
 class _MakeInputs(BaseInterfaceInputSpec):
     scan = traits.Any(mandatory=True, desc="fdl_bidsapp.bids.inputs.Scan")
     recon = traits.Str("auto", usedefault=True, desc="how susceptibility is reconstructed")
+    reference = traits.Str("brain", usedefault=True, desc="what has susceptibility 0")
     device = traits.Str("cpu", usedefault=True)
     use_gpu = traits.Bool(False, usedefault=True, desc="takes the GPU slot of the scheduler")
     threads = traits.Int(1, usedefault=True)
@@ -40,6 +41,7 @@ class MakeMaps(SimpleInterface):
                 self.inputs.scan,
                 self.inputs.recon,
                 Path(runtime.cwd),
+                reference=self.inputs.reference,
                 threads=self.inputs.threads,
                 device=self.inputs.device,
             )
