@@ -32,13 +32,17 @@ def soft_dice_loss(
     >>> round(float(soft_dice_loss(logits, target)), 4)
     0.0
     """
-    probabilities = logits.float().softmax(1)[:, 1:]
-    truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1)[:, 1:].float()
-    axes = (2, 3, 4)
-    overlap = (probabilities * truth).sum(axes)
-    size = probabilities.sum(axes) + truth.sum(axes)
+    # With the channels innermost in memory these sums take three times as long.
+    probabilities = logits.float().contiguous().softmax(1)
+    classes = target.flatten(1)
+    # Class by class sums, without a volume for each class of the truth.
+    correct = probabilities.gather(1, target[:, None]).flatten(1)
+    zeros = probabilities.new_zeros(probabilities.shape[:2])
+    overlap = zeros.scatter_add(1, classes, correct)[:, 1:]
+    truth = zeros.scatter_add(1, classes, torch.ones_like(correct))[:, 1:]
+    size = probabilities.sum((2, 3, 4))[:, 1:] + truth
     dice = (2 * overlap + epsilon) / (size + epsilon)
-    weight = torch.where(truth.sum(axes) > 0, 1.0, absent)
+    weight = torch.where(truth > 0, 1.0, absent)
     return 1 - ((weight * dice).sum(1) / weight.sum(1)).mean()
 
 
@@ -58,4 +62,4 @@ def dice_cross_entropy_loss(
     weight = logits.new_full((logits.shape[1],), structure_weight, dtype=torch.float32)
     weight[0] = 1.0
     dice = soft_dice_loss(logits, target, absent=absent)
-    return dice + F.cross_entropy(logits.float(), target, weight)
+    return dice + F.cross_entropy(logits.float().contiguous(), target, weight)
