@@ -123,10 +123,11 @@ def main() -> None:
         locator = train_locator(spec, heads, folder, options)
         parts = train_parts(spec, regions, folder, options)
     provenance = {
-        "data": f"{len(regions)} simulated scans of {options.heads} head label maps",
+        "data": described(regions, options.heads),
         "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; two phases",
         "steps": parts.steps,
         "steps_of_locator": locator.steps,
+        "minutes": spent(folder),
         "seed": options.seed,
         "trained_on": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -210,6 +211,21 @@ def fill_head(
                 profile = "ordinary" if rng.random() < 0.5 else "full"
                 shortcut = bool(rng.random() < 0.8)
                 cache_region(files[seed], head, seed, REGION, profile=profile, shortcut=shortcut)
+
+
+def described(regions: Sequence[Path], heads: int) -> str:
+    """Say in words what the network that segments was trained on."""
+    templates = sum(path.name.startswith("template") for path in regions)
+    return (
+        f"{len(regions) - templates} simulated scans of {heads} head label maps and {templates} of"
+        " the template's head"
+    )
+
+
+def spent(folder: Path) -> float:
+    """Return the minutes that all trainings took, from their logs."""
+    logs = folder.glob("*/log.tsv")
+    return sum(float(log.read_text("utf-8").splitlines()[-1].split("\t")[1]) for log in logs)
 
 
 def specification(width: int) -> ModelSpec:

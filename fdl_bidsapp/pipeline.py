@@ -22,6 +22,7 @@ from fdl_bidsapp.imaging.grid import (
     Grid,
     LoadedImage,
     blend,
+    canonical,
     canvas_geometry,
     complete,
     conform,
@@ -48,6 +49,9 @@ Array = np.ndarray
 
 TARGET_ORDER = ("qsm", "r2star", "imag", "swi")
 """Which contrast is segmented where the choice is left to the program."""
+
+LOOKS = 3
+"""How often a window is placed at most, first by the locator, then by what it showed."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +81,22 @@ class ScanImages:
 
 @dataclass(frozen=True)
 class Canvas:
-    """Images at the model's spacing over the whole field of view.
+    """What a model looks at: images over the whole field of view.
 
     Attributes
     ----------
     target
         The contrast that is segmented.
     maps
-        Arrays by contrast, in their units, not normalised.
+        Arrays by contrast, in their units, not normalised: at the model's spacing, or, for a model
+        that locates its windows itself, on the scan's own grid in the closest RAS order.
     affine
-        Canvas voxel to scanner coordinates, mm.
+        Their voxels to scanner coordinates, mm.
     box
         (3, 2) ints: start and stop of the field of view on the canvas.
     starts
         (W, 3) ints: corners of the model's windows on the head, the most promising first; none for
-        a model that locates its window itself.
+        a model that locates its windows itself.
     reserve
         (V, 3) ints: corners of further windows, with which all of the field of view is covered.
     """
@@ -302,17 +307,21 @@ def to_canvas(images: ScanImages, spec: ModelSpec) -> Canvas:
     spec
         The model's specification: grid, method.
     """
-    grid = Grid(spec.grid_shape, spec.grid_spacing)
     used = list(images.maps) if spec.method == "multimodal" else [images.target]
     native = {
         contrast: nib.Nifti1Image(data, images.affine) for contrast, data in images.maps.items()
     }
+    if spec.locator is not None:
+        turned = {contrast: canonical(native[contrast]) for contrast in used}
+        own = {name: np.asarray(image.dataobj, np.float32) for name, image in turned.items()}
+        whole = np.array([(0, n) for n in own[images.target].shape])
+        nowhere = np.empty((0, 3), int)
+        affine = np.asarray(turned[images.target].affine, float)
+        return Canvas(images.target, own, affine, whole, nowhere, nowhere)
+    grid = Grid(spec.grid_shape, spec.grid_spacing)
     shape, affine, box = canvas_geometry(native[images.target], grid)
     maps = {contrast: conform(native[contrast], shape, affine) for contrast in used}
     bounds = np.array([(side.start, side.stop) for side in box])
-    if spec.locator is not None:
-        nowhere = np.empty((0, 3), int)
-        return Canvas(images.target, maps, affine, bounds, nowhere, nowhere)
     # The head is seen best in the magnitude.
     outline = "imag" if "imag" in native else images.target
     outlined = maps.get(outline)
@@ -342,8 +351,8 @@ def segment_canvas(
 ) -> tuple[Array, Array]:
     """Run the network on a canvas.
 
-    A model with a locator looks at one window around each region that it finds; a second time where
-    the structures found show that the window lies badly. Without a region there is nothing of it.
+    A model with a locator looks at one window around each region that it finds; again where the
+    structures found show that the window lies badly. Without a region there is nothing of it.
 
     Without a locator the first window is enough where it holds every structure with room to spare.
     Where it does not, all windows on the head are run and blended; where a structure is missing
@@ -365,9 +374,9 @@ def segment_canvas(
     affine : (4, 4) array
         Their voxels to scanner coordinates, mm.
     """
-    from fdl_bidsapp.models.inference import predict
-
     spec = bundle.spec
+    if network.locator is not None:
+        return _segment_located(canvas, bundle, network, device, flips)
     grid = Grid(spec.grid_shape, spec.grid_spacing)
     box = cast("Box", tuple(slice(int(a), int(b)) for a, b in canvas.box))
     starts, reserve = (
@@ -375,50 +384,15 @@ def segment_canvas(
         for corners in (canvas.starts, canvas.reserve)
     )
 
-    def run(start: Corner, region: int = 0) -> Array:
+    def run(start: Corner) -> Array:
         place = tuple(slice(s, s + n) for s, n in zip(start, grid.shape, strict=True))
-        cut = {}
-        for contrast, data in canvas.maps.items():
-            # A window may hold nothing but the surround of a masked map.
-            with suppress(ImageError):
-                if contrast in spec.intensity:
-                    cut[contrast] = normalise(data[place], spec.intensity[contrast])
-        if canvas.target not in cut:
-            return np.zeros((len(spec.labels), *grid.shape), np.float32)
-        # Low parts differ from region to region: a bank holds one for each.
-        bank = {name: lows[region:] for name, lows in bundle.bank.items()}
-        return predict(network, spec, cut, canvas.target, device, flips=flips, bank=bank)
-
-    def alone(window: Array, start: Corner) -> tuple[Array, Array]:
-        affine = canvas.affine.copy()
-        affine[:3, 3] = (canvas.affine @ [*start, 1])[:3]
-        return crop_to(window, affine)
-
-    if network.locator is not None:
-        located = _located(canvas, spec, network.locator, device)
-        pieces: list[tuple[Array, Corner]] = []
-        for region, (centre, positions) in enumerate(zip(located, spec.windows, strict=True)):
-            if centre is None or not positions:
-                continue
-            start = _around(centre, canvas, grid)
-            window = run(start, region)
-            found = window[list(positions)] > 0.5
-            if found.any() and not complete(found, start, box, grid):
-                places = np.argwhere(found.any(0)) + start
-                start = _around((places.min(0) + places.max(0)) / 2, canvas, grid)
-                window = run(start, region)
-            # What a window shows of another region is seen better in that one's own.
-            others = [k for k in range(len(spec.labels)) if k not in positions]
-            window[others] = 0
-            pieces.append((window, start))
-        if not pieces:
-            return np.zeros((len(spec.labels), 1, 1, 1), np.float32), canvas.affine
-        return alone(*_joined(pieces))
+        cut = {contrast: data[place] for contrast, data in canvas.maps.items()}
+        return _window(cut, canvas.target, bundle, network, device, flips)
 
     first = run(starts[0])
     one = not reserve and len(starts) == 1
     if one or complete(first > 0.5, starts[0], box, grid):
-        return alone(first, starts[0])
+        return crop_to(first, _shifted(canvas.affine, starts[0]))
 
     def each(corners: Sequence[Corner]) -> Iterator[Array]:
         yield first
@@ -431,25 +405,98 @@ def segment_canvas(
     return crop_to(blended, canvas.affine)
 
 
+def _window(
+    cut: Mapping[str, Array],
+    target: str,
+    bundle: Bundle,
+    network: FusionNetwork,
+    device: torch.device,
+    flips: bool,
+    region: int = 0,
+) -> Array:
+    """Return the probabilities of each structure in one window."""
+    from fdl_bidsapp.models.inference import predict
+
+    spec = bundle.spec
+    images = {}
+    for contrast, data in cut.items():
+        # A window may hold nothing but the surround of a masked map.
+        with suppress(ImageError):
+            if contrast in spec.intensity:
+                images[contrast] = normalise(data, spec.intensity[contrast])
+    if target not in images:
+        return np.zeros((len(spec.labels), *spec.grid_shape), np.float32)
+    # Low parts differ from region to region: a bank holds one for each.
+    bank = {name: lows[region:] for name, lows in bundle.bank.items()}
+    return predict(network, spec, images, target, device, flips=flips, bank=bank)
+
+
+def _segment_located(
+    canvas: Canvas, bundle: Bundle, network: FusionNetwork, device: torch.device, flips: bool
+) -> tuple[Array, Array]:
+    """Look at one window around each region that the model's locator finds."""
+    spec = bundle.spec
+    grid = Grid(spec.grid_shape, spec.grid_spacing)
+    images = {name: nib.Nifti1Image(data, canvas.affine) for name, data in canvas.maps.items()}
+    # Windows lie on a canvas at the model's spacing, of which no more than they hold is sampled.
+    shape, affine, box = canvas_geometry(images[canvas.target], grid)
+    assert network.locator is not None
+    located = _located(images[canvas.target], canvas.target, affine, spec, network.locator, device)
+    pieces: list[tuple[Array, Corner]] = []
+    for region, (centre, positions) in enumerate(zip(located, spec.windows, strict=True)):
+        if centre is None or not positions:
+            continue
+        looked: list[Corner] = []
+        start = _around(centre, shape, grid)
+        while start not in looked and len(looked) < LOOKS:
+            looked.append(start)
+            place = _shifted(affine, start)
+            cut = {name: conform(image, grid.shape, place) for name, image in images.items()}
+            window = _window(cut, canvas.target, bundle, network, device, flips, region)
+            found = window[list(positions)] > 0.5
+            if not found.any() or complete(found, start, box, grid):
+                break
+            # The structures found say better than the locator where the window belongs.
+            places = np.argwhere(found.any(0)) + start
+            start = _around((places.min(0) + places.max(0)) / 2, shape, grid)
+        # What a window shows of another region is seen better in that one's own.
+        others = [k for k in range(len(spec.labels)) if k not in positions]
+        window[others] = 0
+        pieces.append((window, looked[-1]))
+    if not pieces:
+        return np.zeros((len(spec.labels), 1, 1, 1), np.float32), affine
+    joined, corner = _joined(pieces)
+    return crop_to(joined, _shifted(affine, corner))
+
+
 def _located(
-    canvas: Canvas, spec: ModelSpec, locator: FusionNetwork, device: torch.device
+    image: nib.Nifti1Image,
+    target: str,
+    affine: Array,
+    spec: ModelSpec,
+    locator: FusionNetwork,
+    device: torch.device,
 ) -> list[Array | None]:
-    """Return the centre of each region of nuclei in voxels of the canvas."""
+    """Return the centre of each region of nuclei in voxels of a canvas with that affine."""
     from fdl_bidsapp.models.inference import locate
 
     assert spec.locator is not None
     coarse = Grid(spec.locator.grid_shape, spec.locator.grid_spacing)
-    view = tuple(slice(int(a), int(b)) for a, b in canvas.box)
-    corner = canvas.affine.copy()
-    corner[:3, 3] = (canvas.affine @ [*canvas.box[:, 0], 1])[:3]
-    image = nib.Nifti1Image(canvas.maps[canvas.target][view], corner)
-    shape, affine, _ = canvas_geometry(image, coarse)
-    data = normalise(conform(image, shape, affine), spec.locator.intensity[canvas.target])
-    to_canvas = np.linalg.inv(canvas.affine) @ affine
+    coarse_shape, coarse_affine, _ = canvas_geometry(image, coarse)
+    seen = conform(image, coarse_shape, coarse_affine)
+    data = normalise(seen, spec.locator.intensity[target])
+    to_canvas_voxel = np.linalg.inv(affine) @ coarse_affine
     return [
-        None if centre is None else np.asarray((to_canvas @ [*centre, 1])[:3])
+        None if centre is None else np.asarray((to_canvas_voxel @ [*centre, 1])[:3])
         for centre in locate(locator, data, device)
     ]
+
+
+def _shifted(affine: Array, corner: Sequence[int]) -> Array:
+    """Return the affine of a part of an image that begins at a corner."""
+    moved = np.array(affine, float)
+    moved[:3, 3] = (affine @ [*corner, 1])[:3]
+    return moved
 
 
 def _joined(pieces: Sequence[tuple[Array, Corner]]) -> tuple[Array, Corner]:
@@ -466,11 +513,10 @@ def _joined(pieces: Sequence[tuple[Array, Corner]]) -> tuple[Array, Corner]:
     return joined, (i, j, k)
 
 
-def _around(centre: Array, canvas: Canvas, grid: Grid) -> Corner:
-    """Return the start of the window that lies best around a place on the canvas."""
-    shape = np.array(canvas.maps[canvas.target].shape)
+def _around(centre: Array, shape: Sequence[int], grid: Grid) -> Corner:
+    """Return the start of the window that lies best around a place on a canvas."""
     start = np.round(np.asarray(centre) - (np.array(grid.shape) - 1) / 2).astype(int)
-    i, j, k = np.clip(start, 0, shape - grid.shape)
+    i, j, k = np.clip(start, 0, np.array(shape) - grid.shape)
     return int(i), int(j), int(k)
 
 

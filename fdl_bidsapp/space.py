@@ -73,7 +73,9 @@ def space_needed(scan: Scan, target: str, spec: ModelSpec, probabilities: bool =
         source = scan.get(chosen)
         assert source is not None
         image = cast("nib.Nifti1Image", nib.load(source.paths[0]))
-        shape, _, _ = canvas_geometry(image, Grid(spec.grid_shape, spec.grid_spacing))
+        shape = image.shape[:3]
+        if spec.locator is None:
+            shape, _, _ = canvas_geometry(image, Grid(spec.grid_shape, spec.grid_spacing))
     except (FdlError, OSError, ValueError, nib.filebasedimages.ImageFileError):
         return Space(0, 0)
     native, canvas = math.prod(image.shape[:3]), math.prod(shape)

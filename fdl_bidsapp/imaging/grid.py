@@ -393,15 +393,24 @@ def conform(
     step = np.linalg.inv(image.affine) @ np.asarray(affine)
     if tuple(shape) == data.shape and np.abs((step - np.eye(4)) @ _corners(shape)).max() < 1e-3:
         return data.copy()
+    sigma = np.zeros(3)
     if order > 0:
         ratio = np.linalg.norm(step[:3, :3], axis=1)
         # Below 1 % the difference is rounding in the headers.
         sigma = np.where(ratio > 1.01, np.sqrt(np.maximum(ratio**2 - 1, 0)) / FWHM_PER_SIGMA, 0)
-        if sigma.any():
-            data = ndimage.gaussian_filter(data, sigma, mode="nearest", truncate=3.0)
+    # What lies further from the grid than the smoothing reaches need not be looked at.
+    reach = np.ceil(3 * sigma).astype(int) + 2
+    places = (step @ _corners(shape))[:3]
+    last = np.array(data.shape) - 1
+    low = np.clip(np.floor(places.min(1)).astype(int) - reach, 0, last)
+    high = np.clip(np.ceil(places.max(1)).astype(int) + reach, low, last)
+    near = data[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))]
+    if sigma.any():
+        near = ndimage.gaussian_filter(near, sigma, mode="nearest", truncate=3.0)
     sampled = ndimage.affine_transform(
-        data, step[:3, :3], step[:3, 3], tuple(shape), order=order, mode="nearest", prefilter=False
-    )
+        near, step[:3, :3], step[:3, 3] - low, tuple(shape), order=order, mode="nearest",
+        prefilter=False,
+    )  # fmt: skip
     sampled[~_within(step, shape, data.shape)] = 0
     return sampled
 

@@ -433,7 +433,8 @@ def load_case(
     images, labels = read_case(labelled, spec.contrasts, modalities)
     check_values(labels, known, labelled.label)
     # Any of the contrasts may be needed here, whichever the model segments.
-    canvas = to_canvas(images, replace(spec, method="multimodal"))
+    everywhere = replace(spec, method="multimodal", locator=None, regions=())
+    canvas = to_canvas(images, everywhere)
     shape = canvas.maps[images.target].shape
     classes = np.zeros(labels.shape, np.float32)
     for position, label in enumerate(spec.labels, start=1):
@@ -446,7 +447,7 @@ def load_case(
         )
     moved = canonical(nib.Nifti1Image(classes, images.affine))
     starts: list[tuple[int, int, int] | None]
-    if len(canvas.starts):
+    if spec.locator is None:
         i, j, k = (int(n) for n in canvas.starts[0])
         starts = [(i, j, k)]
     else:

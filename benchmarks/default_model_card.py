@@ -1,0 +1,138 @@
+"""Write the card of the default model from the tables of results and the model file.
+
+    python benchmarks/default_model_card.py
+
+Every figure on the card comes from ``benchmarks/results/default_model*.tsv``, which
+``default_model_accuracy.py`` wrote for the very weights in the package, or from the file itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from default_model_accuracy import RESULTS
+
+from fdl_bidsapp.models.bundle import Bundle, load_bundle
+from fdl_bidsapp.models.fdl import ModelSpec
+
+CARD = """# Model card: default
+
+**What it is.** {method} with a plain 3-D U-Net of {width} first-layer channels, on grids of {grid}
+voxels of {spacing} mm. A second, small network finds midbrain and cerebellum in the whole field of
+view at {coarse} mm; each gives a grid of its own. The target is QSM, R2*, mean magnitude or SWI;
+the structures are the red and dentate nuclei, the substantia nigra and the subthalamic nuclei,
+left and right. Where a region is not found, its masks are empty and flagged.
+
+**State.** {state}
+
+{table}
+
+Mean over both sides and all scans after the whole app, in the scans' own grids; `ordinary` is a
+usual 3 T protocol in an adult, `full` the whole range of the simulator. Tables with all cases:
+`benchmarks/results/default_model*.tsv`, made by `{command}`.
+
+**What it was trained on.** Simulation alone: {data}, seed {seed}. {steps} steps of two windows,
+{steps_of_locator} steps of the locator; {hours:.1f} hours on {trained_on}. The label maps are
+`sub-01` to `sub-16` of a set of twenty whole-head label maps, the training label maps of SynthSeg
+(Billot et al., Med. Image Anal. 86 (2023) 102789) with nuclei added from the CIT168 atlas and the
+Allen Human Reference Atlas; the others were not trained on and are those measured above. The
+template is ICBM 2009a symmetric, which comes with nilearn (Fonov et al., NeuroImage 54 (2011)
+313-327). No image of a person was used, and no expert drew a label. The recipe is
+`benchmarks/default_model.py`; docs/simulation.md lists every effect of the simulator with its range
+and source.
+
+**What was not checked.** Any real scan with experts' labels. The nuclei of the label maps are one
+template's shapes, deformed; white matter has no fibres, lesions and atrophy are missing. Expect it
+to be worse on real data than on simulated, and look at every mask.
+
+**On your own labels.** `fdl train --init default --recipe finetune --table CASES.tsv --output
+MODEL.safetensors` goes on from these weights with a few labelled scans (docs/training.md); the
+result is run with `--model MODEL.safetensors`.
+
+**Use.** Research only; not a medical device, and no clinical claim is made.
+
+**Licence.** Apache-2.0, as the package.
+"""
+
+WORDS = {"qsm": "QSM", "r2star": "R2*", "imag": "iMag", "swi": "SWI"}
+
+
+def main() -> None:
+    """Write the card beside the weights."""
+    bundle = load_bundle("default")
+    figures = pd.read_csv(RESULTS / "default_model.tsv", sep="\t", na_values=["n/a"])
+    measured = set(figures["model_sha256"])
+    if measured != {bundle.sha256[:12]}:
+        raise SystemExit(f"the tables are of {', '.join(measured)}, the weights {bundle.sha256}")
+    path = bundle.path.with_suffix(".md")
+    path.write_text(card(bundle, figures), encoding="utf-8")
+    print(path)
+
+
+def card(bundle: Bundle, figures: pd.DataFrame) -> str:
+    """Return the text of the card."""
+    spec = bundle.spec
+    about: Mapping[str, Any] = spec.provenance
+    assert isinstance(spec.locator, ModelSpec)
+    return CARD.format(
+        method={"multimodal": "Multimodal prior-knowledge fusion (arXiv 2211.01353)"}.get(
+            spec.method, f"{spec.method.capitalize()} fusion (arXiv 2302.12980)"
+        ),
+        width=spec.backbone_options["width"],
+        grid=" × ".join(map(str, spec.grid_shape)),
+        spacing=f"{spec.grid_spacing[0]:g}",
+        coarse=f"{spec.locator.grid_spacing[0]:g}",
+        state=state(figures),
+        table=table(figures),
+        command=figures["command"].iloc[0],
+        **{k: about[k] for k in ("data", "seed", "steps", "steps_of_locator", "trained_on")},
+        hours=float(about["minutes"]) / 60,
+    )
+
+
+def state(figures: pd.DataFrame) -> str:
+    """Say how many of the aims are met, and which are not."""
+    judged = figures[figures["met"].isin(["met", "missed"])]
+    dice = judged[judged["measure"] == "dice"]
+    missed = dice[dice["met"] == "missed"]
+    text = f"Of {len(dice)} aims for the Dice {len(dice) - len(missed)} are met"
+    if len(missed):
+        worst = missed.assign(gap=missed["bar"] - missed["value"]).sort_values("gap").iloc[-1]
+        text += (
+            f"; the furthest from its aim is the {worst['structure'].replace('_', ' ')} in "
+            f"{WORDS[worst['target']]} ({worst['profile']}), {worst['value']:.2f} against "
+            f"{worst['bar']:.2f}"
+        )
+    swapped = figures.loc[figures["measure"] == "swapped", "value"].sum()
+    return f"{text}. Left and right were exchanged {int(swapped)} times."
+
+
+def table(figures: pd.DataFrame) -> str:
+    """Set the figures out, one line for each structure and target."""
+    rows = [
+        ("scans", "target", "structure", "Dice", "aim", "HD95 (mm)", "volume bias"),
+        ("---",) * 7,
+    ]
+    shown = figures[figures["structure"] != "all"]
+    for (profile, target, structure), group in shown.groupby(
+        ["profile", "target", "structure"], sort=False
+    ):
+        found = group.set_index("measure")
+        rows.append(
+            (
+                f"{found['scans'].iloc[0]} {profile}",
+                WORDS[str(target)],
+                str(structure).replace("_", " "),
+                f"{found.loc['dice', 'value']:.3f}",
+                f"{found.loc['dice', 'bar']:.2f}",
+                f"{found.loc['hd95', 'value']:.2f}",
+                f"{found.loc['volume_bias', 'value']:+.1%}",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
