@@ -17,6 +17,7 @@ from fdl_bidsapp.models.bundle import load_bundle
 from fdl_bidsapp.models.fdl import ModelSpec
 from fdl_bidsapp.pipeline import (
     Canvas,
+    ScanImages,
     choose_target,
     load_canvas,
     load_images,
@@ -30,6 +31,12 @@ from fdl_bidsapp.pipeline import (
 
 ALL = ("qsm", "r2star", "imag", "swi")
 CPU = torch.device("cpu")
+
+
+def blob_labels():
+    return by_abbreviation(["RNL", "RNR"])
+
+
 SIDES = (("RNL",), ("RNR",))
 """What the blob model finds, as two regions."""
 
@@ -284,6 +291,33 @@ def test_a_region_that_is_not_found_leaves_the_other(located, blobs):
     looks, (probabilities, _) = located(canvas_of(data, [], []), None, (48, 15, 16), regions=SIDES)
     assert looks == 1
     assert [bool((each > 0.5).any()) for each in probabilities] == [False, True]
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
+def test_a_located_scan_is_segmented_in_any_orientation(located, blobs, codes):
+    from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+
+    image = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).image("qsm", (64, 32, 32))
+    turned = image.as_reoriented(
+        ornt_transform(io_orientation(image.affine), axcodes2ornt(tuple(codes)))
+    )
+    images = ScanImages("qsm", {"qsm": np.asarray(turned.dataobj, np.float32)}, turned.affine)
+    spec = ModelSpec("any", locator=ModelSpec("coarse", method="none", labels=blob_labels()[:1]))
+    looks, (probabilities, affine) = located(to_canvas(images, spec), (12, 15, 16))
+    assert looks == 1
+    assert centres(probabilities, affine) == [[5, 16, 16], [16, 16, 16]]
+
+
+def test_a_window_that_finds_no_rest_is_given_up(located, blobs, monkeypatch):
+    from fdl_bidsapp import pipeline
+
+    data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
+    # It would be placed to and fro for ever.
+    places = iter([(0, 0, 0), (4, 0, 0), (8, 0, 0), (12, 0, 0)])
+    monkeypatch.setattr(pipeline, "_around", lambda *_: next(places))
+    monkeypatch.setattr(pipeline, "complete", lambda *_: False)
+    looks, _ = located(canvas_of(data, [], []), (12, 15, 16))
+    assert looks == pipeline.LOOKS
 
 
 def test_a_region_of_which_nothing_is_wanted_is_not_looked_at(located, blobs):

@@ -590,3 +590,27 @@ def test_crop_of_nothing_is_one_voxel():
     cropped, affine = crop_to(np.zeros((4, 9, 9, 9), "f4"), oblique())
     assert cropped.shape == (4, 1, 1, 1)
     assert not restore(cropped, affine, (9, 9, 9), oblique()).any()
+
+
+def test_a_small_grid_in_a_large_image_sees_what_all_of_it_would_show():
+    rng = np.random.default_rng(0)
+    image = nib.Nifti1Image(rng.random((40, 44, 36), dtype=np.float32), np.diag([1, 1, 1, 1.0]))
+    # Coarser than the image, so that it is smoothed first.
+    affine = np.diag([2.5, 2.0, 3.0, 1.0])
+    whole = conform(image, (16, 22, 12), affine)
+    for corner, shape in (((5, 6, 4), (4, 5, 3)), ((0, 0, 0), (3, 3, 3)), ((12, 18, 9), (6, 6, 5))):
+        moved = affine.copy()
+        moved[:3, 3] = affine[:3, :3] @ corner
+        part = conform(image, shape, moved)
+        place = tuple(slice(c, c + n) for c, n in zip(corner, shape, strict=True))
+        expected = np.zeros(shape, np.float32)
+        held = whole[place]
+        expected[tuple(slice(n) for n in held.shape)] = held
+        np.testing.assert_allclose(part, expected, atol=1e-6)
+
+
+def test_a_grid_beside_the_image_is_empty():
+    image = nib.Nifti1Image(np.ones((10, 10, 10), np.float32), np.eye(4))
+    affine = np.eye(4)
+    affine[:3, 3] = 200
+    assert not conform(image, (4, 4, 4), affine).any()
