@@ -73,22 +73,37 @@ ABSENT = 0.2
 
 @dataclass(frozen=True)
 class Phase:
-    """One of two trainings, the second going on from the first.
+    """One of several trainings, each going on from the one before.
 
     Attributes
     ----------
     share
         Of the minutes and steps.
-    structure_weight
-        In the cross-entropy.
+    rate
+        Factor on the learning rate.
+    weight, small_weight
+        In the cross-entropy, of the structures' voxels and of the subthalamic nuclei's.
     """
 
     share: float
-    structure_weight: float
+    rate: float
+    weight: float
+    small_weight: float
+
+    def weights(self, labels: Sequence[Label]) -> list[float]:
+        """Return the weight of each structure."""
+        small = "subthalamic_nucleus"
+        return [self.small_weight if label.structure == small else self.weight for label in labels]
 
 
-# Weighted voxels find the structures soon, then their true size is learnt.
-PHASES = {"find": Phase(0.1, 20.0), "draw": Phase(0.9, 1.0)}
+PHASES = {
+    # Weighted voxels find the structures soon, then their true size is learnt.
+    "find": Phase(0.1, 1.0, 20.0, 20.0),
+    "draw": Phase(0.45, 1.0, 1.0, 1.0),
+    # The smallest come last, and would wait for longer than there is time.
+    "small": Phase(0.07, 0.5, 1.0, 30.0),
+    "settle": Phase(0.38, 0.5, 1.0, 1.0),
+}
 
 
 def main() -> None:
@@ -124,7 +139,7 @@ def main() -> None:
         parts = train_parts(spec, regions, folder, options)
     provenance = {
         "data": described(regions, options.heads),
-        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; two phases",
+        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; four phases",
         "steps": parts.steps,
         "steps_of_locator": locator.steps,
         "minutes": spent(folder),
@@ -289,14 +304,13 @@ def train_parts(
         def loss(
             outputs: list[torch.Tensor], classes: torch.Tensor, phase: Phase = phase
         ) -> torch.Tensor:
-            each = [
-                dice_cross_entropy_loss(o, classes, phase.structure_weight, ABSENT) for o in outputs
-            ]
+            weights = phase.weights(spec.labels)
+            each = [dice_cross_entropy_loss(o, classes, weights, ABSENT) for o in outputs]
             return torch.stack(each).mean()
 
         schedule = Schedule(
             round(options.steps * phase.share),
-            learning_rate=options.learning_rate,
+            learning_rate=options.learning_rate * phase.rate,
             max_minutes=options.minutes * phase.share,
         )
         trained = train(network, draw, loss, schedule, folder / name, resolve_device("auto"))

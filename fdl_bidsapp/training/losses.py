@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,10 @@ def soft_dice_loss(
 
 
 def dice_cross_entropy_loss(
-    logits: Tensor, target: Tensor, structure_weight: float = 1.0, absent: float = 1.0
+    logits: Tensor,
+    target: Tensor,
+    structure_weight: float | Sequence[float] = 1.0,
+    absent: float = 1.0,
 ) -> Tensor:
     """Return the sum of :func:`soft_dice_loss` and the voxel-wise cross-entropy.
 
@@ -56,10 +61,10 @@ def dice_cross_entropy_loss(
     logits, target, absent
         As for :func:`soft_dice_loss`.
     structure_weight
-        Weight of a structure's voxel in the cross-entropy against one of background. Above 1 small
-        structures are found sooner, and drawn too large.
+        Weight of a structure's voxel in the cross-entropy against one of background, for all or
+        for each. Above 1 small structures are found sooner, and drawn too large.
     """
-    weight = logits.new_full((logits.shape[1],), structure_weight, dtype=torch.float32)
-    weight[0] = 1.0
+    weight = logits.new_ones(logits.shape[1], dtype=torch.float32)
+    weight[1:] = torch.as_tensor(structure_weight, dtype=torch.float32)
     dice = soft_dice_loss(logits, target, absent=absent)
     return dice + F.cross_entropy(logits.float().contiguous(), target, weight)
