@@ -105,6 +105,12 @@ PHASES = {
     "settle": Phase(0.38, 0.5, 1.0, 1.0),
 }
 
+LOCATOR_PHASES = {
+    "locator": Phase(2 / 3, 1.0, 10.0, 10.0),
+    # Weighted, a region is found soon and blurred; its middle is what is asked for.
+    "sharpen": Phase(1 / 3, 0.3, 2.0, 2.0),
+}
+
 
 def main() -> None:
     """Fill the cache, train, write the bundle."""
@@ -336,20 +342,26 @@ def train_locator(
         severity=0.7,
     )
 
-    def draw(step: int, _: float) -> Batch:
-        return heads.draw(np.random.default_rng([options.seed, 9, step]))
+    network = build_network(spec.locator)
+    steps = 0
+    for n, (name, phase) in enumerate(LOCATOR_PHASES.items()):
 
-    def loss(outputs: list[torch.Tensor], classes: torch.Tensor) -> torch.Tensor:
-        return dice_cross_entropy_loss(outputs[0], classes, structure_weight=10.0)
+        def draw(step: int, _: float, n: int = n) -> Batch:
+            return heads.draw(np.random.default_rng([options.seed, 9 + n, step]))
 
-    return train(
-        build_network(spec.locator),
-        draw,
-        loss,
-        Schedule(options.locator_steps, learning_rate=options.learning_rate),
-        folder / "locator",
-        resolve_device("auto"),
-    )
+        def loss(
+            outputs: list[torch.Tensor], classes: torch.Tensor, phase: Phase = phase
+        ) -> torch.Tensor:
+            return dice_cross_entropy_loss(outputs[0], classes, phase.weight)
+
+        schedule = Schedule(
+            round(options.locator_steps * phase.share),
+            learning_rate=options.learning_rate * phase.rate,
+        )
+        trained = train(network, draw, loss, schedule, folder / name, resolve_device("auto"))
+        network.load_state_dict(trained.network.state_dict())
+        steps += trained.steps
+    return replace(trained, steps=steps)
 
 
 def bank(spec: ModelSpec, files: Sequence[Path]) -> Mapping[str, list[torch.Tensor]]:

@@ -27,3 +27,25 @@ def test_a_recipe_sums_its_loss_over_the_contrasts():
     for name, loss in (("paper", soft_dice_loss), ("strong", dice_cross_entropy_loss)):
         total = make_recipe(name).total_loss([logits, logits], target)
         assert float(total) == pytest.approx(2 * float(loss(logits, target)), rel=1e-6)
+
+
+def test_each_structure_may_have_a_weight_of_its_own():
+    target = torch.zeros(1, 4, 4, 4, dtype=torch.long)
+    target[0, 0], target[0, 1] = 1, 2
+    logits = torch.zeros(1, 3, 4, 4, 4)
+    # Structure 2 is called background; so much the worse, the more it weighs.
+    logits[0, 1, 0] = logits[0, 0, 1:] = 4.0
+    losses = [float(dice_cross_entropy_loss(logits, target, [1.0, w])) for w in (0.5, 1.0, 5.0)]
+    assert losses == sorted(losses)
+    assert losses[1] == pytest.approx(float(dice_cross_entropy_loss(logits, target)))
+
+
+def test_absent_structures_count_less_where_that_is_asked_for():
+    target = torch.zeros(1, 4, 4, 4, dtype=torch.long)
+    target[0, 0] = 1
+    logits = torch.zeros(1, 3, 4, 4, 4)
+    # Structure 1 is found, structure 2 is not there and found all the same.
+    logits[0, 1, 0] = logits[0, 2, 3] = logits[0, 0, 1:3] = 20.0
+    alike, less = (float(soft_dice_loss(logits, target, absent=w)) for w in (1.0, 0.2))
+    assert alike == pytest.approx((1 - 1 / 17) / 2, abs=1e-3)
+    assert less == pytest.approx(0.2 / 1.2 * (1 - 1 / 17), abs=1e-3)
