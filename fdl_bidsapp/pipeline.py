@@ -446,23 +446,26 @@ def _segment_located(
     for region, (centre, positions) in enumerate(zip(located, spec.windows, strict=True)):
         if centre is None or not positions:
             continue
-        looked: list[Corner] = []
+        wanted = [spec.labels[k] for k in positions]
+        looks: dict[Corner, tuple[int, Array]] = {}
         start = _around(centre, shape, grid)
-        while start not in looked and len(looked) < LOOKS:
-            looked.append(start)
+        while start not in looks and len(looks) < LOOKS:
             place = _shifted(affine, start)
             cut = {name: conform(image, grid.shape, place) for name, image in images.items()}
             window = _window(cut, canvas.target, bundle, network, device, flips, region)
-            found = window[list(positions)] > 0.5
+            # What a window shows of another region is seen better in that one's own.
+            window[[k for k in range(len(spec.labels)) if k not in positions]] = 0
+            labelled, _ = largest_components(label_map(window[list(positions)], wanted), wanted)
+            found = np.stack([labelled == label.index for label in wanted])
+            looks[start] = (int(found.any((1, 2, 3)).sum()), window)
             if not found.any() or complete(found, start, box, grid):
                 break
             # The structures found say better than the locator where the window belongs.
-            places = np.argwhere(found.any(0)) + start
+            places = np.argwhere(labelled > 0) + start
             start = _around((places.min(0) + places.max(0)) / 2, shape, grid)
-        # What a window shows of another region is seen better in that one's own.
-        others = [k for k in range(len(spec.labels)) if k not in positions]
-        window[others] = 0
-        pieces.append((window, looked[-1]))
+        # The last of those that show most.
+        most = max(n for n, _ in looks.values())
+        pieces.append([(window, at) for at, (n, window) in looks.items() if n == most][-1])
     if not pieces:
         return np.zeros((len(spec.labels), 1, 1, 1), np.float32), affine
     joined, corner = _joined(pieces)

@@ -293,6 +293,16 @@ def test_a_region_that_is_not_found_leaves_the_other(located, blobs):
     assert [bool((each > 0.5).any()) for each in probabilities] == [False, True]
 
 
+def test_a_stray_piece_does_not_draw_the_window_away(located, blobs):
+    data = blobs(bright=(12, 16, 16), dark=(21, 16, 16)).data("qsm", (64, 32, 32))
+    # Bright as well, and small, at the window's far end.
+    data[37:39, 15:17, 15:17] = data.max()
+    _, (probabilities, affine) = located(canvas_of(data, [], []), (23, 15, 16))
+    for centre, each in zip(((12, 16, 16), (21, 16, 16)), probabilities, strict=True):
+        x, y, z = np.round(np.linalg.inv(affine) @ [*centre, 1])[:3].astype(int)
+        assert each[x, y, z] > 0.5
+
+
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
 def test_a_located_scan_is_segmented_in_any_orientation(located, blobs, codes):
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
