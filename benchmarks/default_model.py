@@ -99,10 +99,10 @@ class Phase:
 PHASES = {
     # Weighted voxels find the structures soon, then their true size is learnt.
     "find": Phase(0.1, 1.0, 20.0, 20.0),
-    "draw": Phase(0.49, 1.0, 1.0, 1.0),
+    "draw": Phase(0.48, 1.0, 1.0, 1.0),
     # The smallest come last, and would wait for longer than there is time.
     "small": Phase(0.2, 1.0, 1.0, 30.0),
-    "settle": Phase(0.21, 0.5, 1.0, 3.0),
+    "settle": Phase(0.22, 0.5, 1.0, 15.0),
 }
 
 LOCATOR_PHASES = {
