@@ -233,4 +233,4 @@ def test_a_scan_leaves_as_many_files_as_the_text_says(study) -> None:
     assert study.run() == 0
     pages = list(study.out.glob("sub-01*.html"))
     assert len(study.outputs("01")) + len(pages) == files(2)
-    assert f"{files(4)}\n  with four structures" in TEXT
+    assert f"{files(8)}\n  with the eight structures of the default model" in TEXT

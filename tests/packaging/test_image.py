@@ -48,8 +48,7 @@ def as_pip_is_set_up_here(folder: Path) -> list[str]:
     options = [f"--volume={file}:/etc/pip.conf:ro"]
     mirrors = " ".join(settings.get(key, "") for key in ("find-links", "extra-index-url"))
     places = re.findall(r"(?:^|\s|file://)(/[^/\s]+/[^/\s]+)", mirrors)
-    if certificate := settings.get("cert"):
-        places.append(certificate)
+    places += [settings[key] for key in ("cert", "constraint") if key in settings]
     options += [f"--volume={place}:{place}:ro" for place in dict.fromkeys(places)]
     if wheels := settings.get("find-links"):
         # A build of PyTorch that is here already is taken before that of its own index.
