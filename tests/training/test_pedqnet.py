@@ -69,14 +69,14 @@ def settings(**values):
 
 def test_physics_alone_teaches_more_than_thresholded_division_knows(tmp_path, case):
     path = fit_volume(
-        settings(recipe_options={"steps": 220}), tmp_path / "x.safetensors", cases=[case]
+        settings(recipe_options={"steps": 150}), tmp_path / "x.safetensors", cases=[case]
     )
     bundle = load_volume(path, "susceptibility")
     network = bundle.network()
     found = predict_susceptibility(network, case.local_field, case.mask, bundle.spec.patch)
     plain = thresholded_division(case.local_field, case.mask, case.spacing, case.direction)
     assert error(found, case) < error(plain, case)
-    assert bundle.spec.provenance["steps"] == 220
+    assert bundle.spec.provenance["steps"] == 150
 
 
 def test_the_truth_and_the_labels_do_not_matter_to_physics_alone(tmp_path, case):
