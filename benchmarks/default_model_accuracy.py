@@ -115,7 +115,8 @@ def main() -> None:
     cases = read_cases(options.work, draws)
     about = {
         "model_sha256": bundle.sha256[:12],
-        "command": "python benchmarks/default_model_accuracy.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/default_model_accuracy.py "
+        + " ".join("WORK" if word == str(options.work) else word for word in sys.argv[1:]),
         "machine": machine(),
         "versions": f"Python {platform.python_version()}, torch {version('torch')}, "
         f"fdl-bidsapp {__version__}",

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from default_model_accuracy import RESULTS
 
+from fdl_bidsapp.imaging.confidence import Calibration
 from fdl_bidsapp.models.bundle import Bundle, load_bundle
 from fdl_bidsapp.models.fdl import ModelSpec
 
@@ -36,9 +37,10 @@ usual 3 T protocol in an adult, `full` the whole range of the simulator. Tables 
 **What it was trained on.** Simulation alone: {data}, seed {seed}. {steps} steps of two windows,
 {steps_of_locator} steps of the locator; {hours:.1f} hours on {trained_on}. The label maps are
 `sub-01` to `sub-16` of a set of twenty whole-head label maps, the training label maps of SynthSeg
-(Billot et al., Med. Image Anal. 86 (2023) 102789) with nuclei added from the CIT168 atlas and the
-Allen Human Reference Atlas; the others were not trained on and are those measured above. The
-template is ICBM 2009a symmetric, which comes with nilearn (Fonov et al., NeuroImage 54 (2011)
+(Billot et al., Med. Image Anal. 86 (2023) 102789; Apache-2.0) with nuclei added from the CIT168
+atlas (Pauli et al., Sci. Data 5 (2018) 180063; CC BY 4.0) and the Allen Human Reference Atlas (Ding
+et al., J. Comp. Neurol. 524 (2016) 3127-3481; CC BY 4.0); the other four were not trained on and
+are those measured above. The template is ICBM 2009a symmetric, which comes with nilearn (Fonov et al., NeuroImage 54 (2011)
 313-327). No image of a person was used, and no expert drew a label. The recipe is
 `benchmarks/default_model.py`; docs/simulation.md lists every effect of the simulator with its range
 and source.
@@ -84,7 +86,7 @@ def card(bundle: Bundle, figures: pd.DataFrame) -> str:
         grid=" × ".join(map(str, spec.grid_shape)),
         spacing=f"{spec.grid_spacing[0]:g}",
         coarse=f"{spec.locator.grid_spacing[0]:g}",
-        state=state(figures),
+        state=state(figures, spec.calibration),
         table=table(figures),
         command=figures["command"].iloc[0],
         **{k: about[k] for k in ("data", "seed", "steps", "steps_of_locator", "trained_on")},
@@ -92,7 +94,7 @@ def card(bundle: Bundle, figures: pd.DataFrame) -> str:
     )
 
 
-def state(figures: pd.DataFrame) -> str:
+def state(figures: pd.DataFrame, calibration: Calibration | None) -> str:
     """Say how many of the aims are met, and which are not."""
     judged = figures[figures["met"].isin(["met", "missed"])]
     dice = judged[judged["measure"] == "dice"]
@@ -106,7 +108,17 @@ def state(figures: pd.DataFrame) -> str:
             f"{worst['bar']:.2f}"
         )
     swapped = figures.loc[figures["measure"] == "swapped", "value"].sum()
-    return f"{text}. Left and right were exchanged {int(swapped)} times."
+    text += f". Left and right were exchanged {int(swapped)} times."
+    path = RESULTS / "default_model_absent.tsv"
+    if path.exists():
+        absent = pd.read_csv(path, sep="\t")
+        masks, empty, flagged = (int(absent[name].sum()) for name in ("masks", "empty", "flagged"))
+        text += (
+            f" Of {masks} structures outside the field of view {empty} were left empty and"
+            f" {flagged} flagged."
+        )
+    calibrated = "is calibrated" if calibration else "is not calibrated: its results have no value"
+    return f"{text} The confidence {calibrated}."
 
 
 def table(figures: pd.DataFrame) -> str:
