@@ -166,6 +166,11 @@ def main() -> None:
 
 def fill(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     """Fill the cache and return its files: regions, and whole heads."""
+    if options.cached_only:
+        regions, heads = (
+            sorted(options.cache.glob(f"*{what}-*.npy")) for what in ("region", "head")
+        )
+        return regions, heads
     maps = find_label_maps(options.labels)[: options.heads]
     regions = [options.cache / f"region-{i:05d}.npy" for i in range(options.draws)]
     heads = [options.cache / f"head-{i:05d}.npy" for i in range(options.locator_draws)]
@@ -173,9 +178,6 @@ def fill(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
         tuple(options.cache / f"template-{what}-{i:05d}.npy" for what in ("region", "head"))
         for i in range(options.template_draws)
     ]
-    if options.cached_only:
-        everything = sorted(options.cache.glob("*region-*.npy"))
-        return everything, sorted(options.cache.glob("*head-*.npy"))
     with ProcessPoolExecutor(options.processes) as pool:
         # In rounds over the heads, so that a cache that is not full yet holds them all.
         n = len(maps)

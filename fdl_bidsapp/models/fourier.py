@@ -201,7 +201,7 @@ def _shrunk(x: Tensor, small: Size) -> Tensor:
     """Return the image of the frequencies that a small odd grid holds, on that grid."""
     flat = _channels_last(x)
     for axis, (n, to) in enumerate(zip(_grid(x), small, strict=True)):
-        flat = _along(axis, _interpolation(n, to, to // 2, x.device, x.dtype), flat)
+        flat = _along(axis, _interpolation(n, to, x.device, x.dtype), flat)
     return _as(x, flat)
 
 
@@ -210,7 +210,7 @@ def _grown(x: Tensor, shape: Size) -> Tensor:
     flat = _channels_last(x)
     # The last axis first, so that the largest product comes last.
     for axis, (n, to) in reversed(list(enumerate(zip(_grid(x), shape, strict=True)))):
-        flat = _along(axis, _interpolation(n, to, n // 2, x.device, x.dtype), flat)
+        flat = _along(axis, _interpolation(n, to, x.device, x.dtype), flat)
     return _as(x, flat)
 
 
@@ -236,13 +236,13 @@ def _along(axis: int, matrix: Tensor, x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _interpolation(n: int, to: int, m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the matrix that takes ``n`` samples to ``to`` and keeps the frequencies -m..m."""
+def _interpolation(n: int, to: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the matrix from ``n`` samples to ``to``, for the frequencies that the fewer hold."""
     # It outlives a block without gradients, and is then multiplied with what has some.
     with torch.inference_mode(False), torch.no_grad():
         lag = torch.arange(to, dtype=torch.float64)[:, None] / to
         lag = lag - torch.arange(n, dtype=torch.float64) / n
-        waves = [torch.cos(2 * math.pi * k * lag) for k in range(1, m + 1)]
+        waves = [torch.cos(2 * math.pi * k * lag) for k in range(1, min(n, to) // 2 + 1)]
         return ((1 + 2 * torch.stack(waves).sum(0)) / n).to(device, dtype)
 
 
