@@ -53,7 +53,7 @@ FROM ${BASE}
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="fdl-bidsapp" \
-      org.opencontainers.image.description="BIDS App: red and dentate nuclei in QSM, R2*, magnitude and SWI" \
+      org.opencontainers.image.description="BIDS App: deep grey nuclei of midbrain and cerebellum in QSM, R2*, magnitude and SWI" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"

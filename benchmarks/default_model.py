@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fdl_bidsapp.imaging.grid import Grid
+from fdl_bidsapp.imaging.grid import Grid, middle
 from fdl_bidsapp.imaging.intensity import normalise
 from fdl_bidsapp.labels import Label, mirrored, nuclei
 from fdl_bidsapp.memory import kept_memory
@@ -38,7 +38,6 @@ from fdl_bidsapp.training.data import (
     cache_region,
     cache_template,
     cut_window,
-    middle,
 )
 from fdl_bidsapp.training.loop import Schedule, Trained, train
 from fdl_bidsapp.training.losses import dice_cross_entropy_loss
@@ -66,6 +65,12 @@ RADIUS = 16.0
 
 JITTER = (6.0, 6.0, 6.0)
 """Largest distance of a window's middle from its nuclei's along each axis, in voxels."""
+
+REGION_SHARES = (0.65, 0.35)
+"""How often a window lies around each: the midbrain's nuclei are smaller, and more."""
+
+ASTRAY, CUT_OFF = 0.08, 0.08
+"""How many windows lie off their region, and beyond the field of view."""
 
 ABSENT = 0.2
 """Weight of the structures that a window does not hold: each holds one region's."""
@@ -98,17 +103,18 @@ class Phase:
 
 PHASES = {
     # Weighted voxels find the structures soon, then their true size is learnt.
-    "find": Phase(0.1, 1.0, 20.0, 20.0),
-    "draw": Phase(0.48, 1.0, 1.0, 1.0),
+    "find": Phase(0.05, 1.0, 20.0, 20.0),
+    "draw": Phase(0.25, 1.0, 1.0, 1.0),
     # The smallest come last, and would wait for longer than there is time.
-    "small": Phase(0.2, 1.0, 1.0, 30.0),
-    "settle": Phase(0.22, 0.5, 1.0, 15.0),
+    "small": Phase(0.09, 1.0, 1.0, 30.0),
+    "settle": Phase(0.1, 0.5, 1.0, 15.0),
+    "refine": Phase(0.51, 0.75, 1.0, 1.0),
 }
 
 LOCATOR_PHASES = {
-    "locator": Phase(2 / 3, 1.0, 10.0, 10.0),
+    "locator": Phase(4 / 7, 1.0, 10.0, 10.0),
     # Weighted, a region is found soon and blurred; its middle is what is asked for.
-    "sharpen": Phase(1 / 3, 0.3, 2.0, 2.0),
+    "sharpen": Phase(3 / 7, 0.5, 2.0, 2.0),
 }
 
 
@@ -124,7 +130,7 @@ def main() -> None:
     parser.add_argument("--template-draws", type=int, default=32, help="scans of the template")
     parser.add_argument("--minutes", type=float, default=240)
     parser.add_argument("--steps", type=int, default=60000)
-    parser.add_argument("--locator-steps", type=int, default=3000)
+    parser.add_argument("--locator-steps", type=int, default=3500)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--processes", type=int, default=2)
@@ -145,7 +151,7 @@ def main() -> None:
         parts = train_parts(spec, regions, folder, options)
     provenance = {
         "data": described(regions, options.heads),
-        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; four phases",
+        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; five phases",
         "steps": parts.steps,
         "steps_of_locator": locator.steps,
         "minutes": spent(folder),
@@ -301,6 +307,9 @@ def train_parts(
         SEVERITY,
         theta=spec.theta,
         low_share=0.3,
+        region_shares=REGION_SHARES,
+        astray=ASTRAY,
+        cut_off=CUT_OFF,
     )
     steps = 0
     for name, phase in PHASES.items():
@@ -339,6 +348,7 @@ def train_locator(
         dict(spec.locator.intensity),
         SHARES,
         values(spec.labels),
+        spec.locator.grid_shape,
         step=step,
         radius=RADIUS / HEAD_STEP,
         severity=0.7,

@@ -69,11 +69,13 @@ def run_app(bids: Path, folder: Path, cores: int, model: str, device: str) -> Wa
     return seen
 
 
-def run_nnunet(environment: Path, bids: Path, folder: Path, cores: int, device: str) -> Watched:
-    """Watch nnU-Net's predictor on the same QSM maps."""
+def run_nnunet(
+    environment: Path, bids: Path, scans: int, folder: Path, cores: int, device: str
+) -> Watched:
+    """Watch nnU-Net's predictor on the first of the same QSM maps."""
     inputs, model = folder / "inputs", folder / "model"
     inputs.mkdir()
-    for path in sorted(bids.rglob("*_Chimap.nii.gz")):
+    for path in sorted(bids.rglob("*_Chimap.nii.gz"))[:scans]:
         (inputs / f"{path.name.split('_')[0]}_0000.nii.gz").symlink_to(path)
     maker = Path(__file__).with_name("nnunet_model.py")
     quiet = {"nnUNet_raw": "x", "nnUNet_preprocessed": "x", "nnUNet_results": "x"}
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default="default")
     parser.add_argument("--nnunet", type=Path, metavar="ENVIRONMENT")
+    parser.add_argument("--nnunet-scans", type=int, help="of the same; default: all")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--bare", nargs=2, type=Path, metavar=("BIDS", "OUT"), help="internal")
     options = parser.parse_args()
@@ -104,6 +107,8 @@ def main() -> None:
         bare_loop(*options.bare, options.model, options.device)
         return
 
+    number = dict.fromkeys(("bare loop", "fdl-bidsapp", "nnU-Net"), options.scans)
+    number["nnU-Net"] = min(options.nnunet_scans or options.scans, options.scans)
     rows = []
     with tempfile.TemporaryDirectory() as root:
         bids = make_cohort(Path(root, "bids"), options.scans)
@@ -115,8 +120,12 @@ def main() -> None:
             app = run_app(bids, folder, cores, options.model, options.device)
             runs = {"bare loop": loop, "fdl-bidsapp": app}
             if options.nnunet:
-                runs["nnU-Net"] = run_nnunet(options.nnunet, bids, folder, cores, options.device)
-            rows += [row(name, seen, loop, options, cores) for name, seen in runs.items()]
+                runs["nnU-Net"] = run_nnunet(
+                    options.nnunet, bids, number["nnU-Net"], folder, cores, options.device
+                )
+            rows += [
+                row(name, number[name], seen, loop, options, cores) for name, seen in runs.items()
+            ]
             overhead = app.seconds / loop.seconds - 1
             files = app.peak_files / min(cores, options.scans)
             print(f"{cores} cores: {overhead:+.0%} over the bare loop (target {MAX_OVERHEAD:.0%})")
@@ -124,32 +133,39 @@ def main() -> None:
                 f"  {files:.0f} files a scan at work (target {MAX_FILES}), {app.files_after} left"
             )
             for name, seen in runs.items():
-                print(f"  {name}: {60 * options.scans / seen.seconds:.1f} scans a minute")
+                print(f"  {name}: {60 * number[name] / seen.seconds:.1f} scans a minute")
     write_tsv(options.results, rows, list(rows[0]))
 
 
 def row(
-    name: str, seen: Watched, loop: Watched, options: argparse.Namespace, cores: int
+    name: str,
+    scans: int,
+    seen: Watched,
+    loop: Watched,
+    options: argparse.Namespace,
+    cores: int,
 ) -> dict[str, object]:
     """Return a row of the table."""
-    at_once = min(cores, options.scans)
+    at_once = min(cores, scans)
+    per_scan, bare = seen.seconds / scans, loop.seconds / options.scans
     app = name == "fdl-bidsapp"
     return {
         "tool": name,
         "cores": cores,
         "device": options.device,
-        "scans": options.scans,
+        "scans": scans,
         "seconds": seen.seconds,
-        "scans_per_minute": 60 * options.scans / seen.seconds,
-        "overhead_seconds_per_scan": (seen.seconds - loop.seconds) / options.scans,
-        "overhead": seen.seconds / loop.seconds - 1,
+        "scans_per_minute": 60 / per_scan,
+        "overhead_seconds_per_scan": per_scan - bare,
+        "overhead": per_scan / bare - 1,
         "peak_memory_mb": seen.peak_memory,
         "work_files_per_scan_at_work": seen.peak_files / at_once if app else None,
         "work_mb_per_scan_at_work": seen.peak_bytes / at_once / 1e6 if app else None,
         "work_files_after": seen.files_after if app else None,
         "command": f"python benchmarks/throughput.py --scans {options.scans} "
         f"--cores {' '.join(map(str, options.cores))} --device {options.device} "
-        f"--model {options.model}{' --nnunet NN' if options.nnunet else ''}",
+        f"--model {options.model}{' --nnunet NN' if options.nnunet else ''}"
+        f"{f' --nnunet-scans {options.nnunet_scans}' if options.nnunet_scans else ''}",
         "machine": machine(),
         "versions": f"Python {platform.python_version()}, torch {version('torch')}, "
         f"nipype {version('nipype')}, fdl-bidsapp {version('fdl-bidsapp')}",

@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,10 +98,9 @@ def _memory(pid: int) -> float:
 
 def _sizes(folder: Path) -> list[int]:
     sizes = []
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file():
-                sizes.append(path.stat().st_size)
-        except OSError:
-            continue  # it is gone
+    # Unlike Path.rglob it goes on where a folder vanishes under it.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                sizes.append(Path(parent, name).stat().st_size)
     return sizes

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import nibabel as nib
 import numpy as np
+from scipy import ndimage
 
 from fdl_bidsapp.bids.inputs import Scan, Source
 from fdl_bidsapp.errors import DataError, ImageError, InputMissingError
@@ -29,9 +30,12 @@ from fdl_bidsapp.imaging.grid import (
     crop_to,
     foreground,
     load_image,
+    middle,
     resample,
     restore,
     same_grid,
+    shifted,
+    window_around,
     windows,
 )
 from fdl_bidsapp.imaging.intensity import ROBUST_PERCENTILES, check_units, normalise
@@ -392,7 +396,7 @@ def segment_canvas(
     first = run(starts[0])
     one = not reserve and len(starts) == 1
     if one or complete(first > 0.5, starts[0], box, grid):
-        return crop_to(first, _shifted(canvas.affine, starts[0]))
+        return crop_to(first, shifted(canvas.affine, starts[0]))
 
     def each(corners: Sequence[Corner]) -> Iterator[Array]:
         yield first
@@ -448,9 +452,9 @@ def _segment_located(
             continue
         wanted = [spec.labels[k] for k in positions]
         looks: dict[Corner, tuple[int, Array]] = {}
-        start = _around(centre, shape, grid)
+        start = window_around(centre, shape, grid)
         while start not in looks and len(looks) < LOOKS:
-            place = _shifted(affine, start)
+            place = shifted(affine, start)
             cut = {name: conform(image, grid.shape, place) for name, image in images.items()}
             window = _window(cut, canvas.target, bundle, network, device, flips, region)
             # What a window shows of another region is seen better in that one's own.
@@ -461,15 +465,16 @@ def _segment_located(
             if not found.any() or complete(found, start, box, grid):
                 break
             # The structures found say better than the locator where the window belongs.
-            places = np.argwhere(labelled > 0) + start
-            start = _around((places.min(0) + places.max(0)) / 2, shape, grid)
+            centre = middle(labelled > 0)
+            assert centre is not None
+            start = window_around(centre + start, shape, grid)
         # The last of those that show most.
         most = max(n for n, _ in looks.values())
         pieces.append([(window, at) for at, (n, window) in looks.items() if n == most][-1])
     if not pieces:
         return np.zeros((len(spec.labels), 1, 1, 1), np.float32), affine
     joined, corner = _joined(pieces)
-    return crop_to(joined, _shifted(affine, corner))
+    return crop_to(joined, shifted(affine, corner))
 
 
 def _located(
@@ -495,13 +500,6 @@ def _located(
     ]
 
 
-def _shifted(affine: Array, corner: Sequence[int]) -> Array:
-    """Return the affine of a part of an image that begins at a corner."""
-    moved = np.array(affine, float)
-    moved[:3, 3] = (affine @ [*corner, 1])[:3]
-    return moved
-
-
 def _joined(pieces: Sequence[tuple[Array, Corner]]) -> tuple[Array, Corner]:
     """Put windows that hold different structures into the box around them all."""
     low = np.min([start for _, start in pieces], 0)
@@ -514,13 +512,6 @@ def _joined(pieces: Sequence[tuple[Array, Corner]]) -> tuple[Array, Corner]:
         joined[(slice(None), *place)] += window
     i, j, k = (int(n) for n in low)
     return joined, (i, j, k)
-
-
-def _around(centre: Array, shape: Sequence[int], grid: Grid) -> Corner:
-    """Return the start of the window that lies best around a place on a canvas."""
-    start = np.round(np.asarray(centre) - (np.array(grid.shape) - 1) / 2).astype(int)
-    i, j, k = np.clip(start, 0, np.array(shape) - grid.shape)
-    return int(i), int(j), int(k)
 
 
 def to_native(
@@ -542,7 +533,11 @@ def to_native(
         The structures, in the order of the probabilities.
     """
     native = restore(probabilities, affine, shape, native_affine)
-    cleaned, components = largest_components(label_map(native, labels), labels)
+    mapped = np.zeros(native.shape[1:], np.uint8)
+    # A small part of the scan, as a rule.
+    for box in ndimage.find_objects(native.any(axis=0).view(np.uint8)):
+        mapped[box] = label_map(native[(slice(None), *box)], labels)
+    cleaned, components = largest_components(mapped, labels)
     return Segmentation(cleaned, native, components)
 
 

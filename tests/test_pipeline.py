@@ -324,7 +324,7 @@ def test_a_window_that_finds_no_rest_is_given_up(located, blobs, monkeypatch):
     data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
     # It would be placed to and fro for ever.
     places = iter([(0, 0, 0), (4, 0, 0), (8, 0, 0), (12, 0, 0)])
-    monkeypatch.setattr(pipeline, "_around", lambda *_: next(places))
+    monkeypatch.setattr(pipeline, "window_around", lambda *_: next(places))
     monkeypatch.setattr(pipeline, "complete", lambda *_: False)
     looks, _ = located(canvas_of(data, [], []), (12, 15, 16))
     assert looks == pipeline.LOOKS

@@ -318,6 +318,53 @@ def _corners(shape: Sequence[int]) -> NDArray[np.float64]:
     return np.array([(*corner, 1.0) for corner in product(*ends)]).T
 
 
+def middle(inside: NDArray[np.bool_]) -> NDArray[np.float64] | None:
+    """Return the middle of the box around what is inside, in voxels; ``None`` without any.
+
+    Examples
+    --------
+    >>> middle(np.array([[0, 0, 0], [0, 1, 1]]) > 0).tolist()
+    [1.0, 1.5]
+    """
+    places = np.argwhere(inside)
+    return (places.min(0) + places.max(0)) / 2 if len(places) else None
+
+
+def shifted(affine: NDArray[np.float64], corner: Sequence[int]) -> NDArray[np.float64]:
+    """Return the affine of a part of an image that begins at a corner.
+
+    Examples
+    --------
+    >>> shifted(np.diag([2.0, 2, 2, 1]), (1, 0, 3))[:3, 3].tolist()
+    [2.0, 0.0, 6.0]
+    """
+    moved = np.array(affine, float)
+    moved[:3, 3] = (affine @ [*corner, 1])[:3]
+    return moved
+
+
+def window_around(centre: NDArray[np.float64], shape: Sequence[int], grid: Grid) -> Corner:
+    """Return the corner of the window that lies best around a place on a canvas.
+
+    Parameters
+    ----------
+    centre : (3,) array
+        In voxels of the canvas.
+    shape
+        Of the canvas, at least the grid's.
+    grid
+        Of the window, which stays on the canvas.
+
+    Examples
+    --------
+    >>> window_around(np.array([50.0, 3.0, 20.0]), (99, 99, 40), Grid((20, 20, 40), (1, 1, 1)))
+    (40, 0, 0)
+    """
+    start = np.round(np.asarray(centre) - (np.array(grid.shape) - 1) / 2).astype(int)
+    i, j, k = np.clip(start, 0, np.array(shape) - grid.shape)
+    return int(i), int(j), int(k)
+
+
 def canvas_geometry(
     image: nib.Nifti1Image, grid: Grid
 ) -> tuple[tuple[int, int, int], NDArray[np.float64], Box]:
@@ -704,6 +751,8 @@ def crop_to(
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Cut probabilities down to where any of them exceeds ``threshold``, plus ``pad`` voxels.
 
+    Beyond that box of its own each structure's probability is set to 0.
+
     Returns
     -------
     (K, X, Y, Z) array, (4, 4) affine
@@ -717,17 +766,29 @@ def crop_to(
     >>> cropped.shape, affine[:3, 3].tolist()
     ((1, 5, 5, 5), [8.0, 8.0, 8.0])
     """
-    found = (probabilities > threshold).any(axis=0)
-    boxes = ndimage.find_objects(found.astype(np.uint8))
-    box = boxes[0] if boxes else tuple(slice(0, 1) for _ in range(3))
-    margin = pad if boxes else 0
-    place = tuple(
-        slice(max(side.start - margin, 0), min(side.stop + margin, length))
-        for side, length in zip(box, found.shape, strict=True)
+    boxes = [_box_of(each > threshold, pad) for each in probabilities]
+    ends = np.array([[(side.start, side.stop) for side in box] for box in boxes if box is not None])
+    if not len(ends):
+        ends = np.array([[(0, 1)] * 3])
+    low, high = ends[:, :, 0].min(0), ends[:, :, 1].max(0)
+    cut = np.zeros((len(probabilities), *(high - low)), probabilities.dtype)
+    for box, source, target in zip(boxes, probabilities, cut, strict=True):
+        if box is not None:
+            place = tuple(slice(s.start - n, s.stop - n) for s, n in zip(box, low, strict=True))
+            target[place] = source[box]
+    return cut, shifted(affine, low)
+
+
+def _box_of(inside: NDArray[np.bool_], pad: int = 0) -> Box | None:
+    """Return the box around what is inside, widened, within the array."""
+    boxes = ndimage.find_objects(inside.view(np.uint8))
+    if not boxes:
+        return None
+    i, j, k = (
+        slice(max(side.start - pad, 0), min(side.stop + pad, length))
+        for side, length in zip(boxes[0], inside.shape, strict=True)
     )
-    moved = np.array(affine, dtype=np.float64)
-    moved[:3, 3] = (affine @ [*(side.start for side in place), 1.0])[:3]
-    return probabilities[(slice(None), *place)].copy(), moved
+    return i, j, k
 
 
 def restore(
@@ -755,10 +816,21 @@ def restore(
         grids coincide.
     """
     restored = np.zeros((len(probabilities), *shape), dtype=np.float32)
-    step = np.linalg.inv(affine) @ np.asarray(target_affine)
-    place = _native_box(step, probabilities.shape[1:], shape)
+    for source, target in zip(probabilities, restored, strict=True):
+        box = _box_of(source != 0)
+        if box is not None:
+            own = shifted(affine, [side.start for side in box])
+            _restore_one(source[box], np.linalg.inv(own) @ target_affine, target)
+    return restored
+
+
+def _restore_one(
+    source: NDArray[np.float32], step: NDArray[np.float64], target: NDArray[np.float32]
+) -> None:
+    """Sample a volume on a native grid; ``step`` leads from native voxels to the source's."""
+    place = _native_box(step, source.shape, target.shape)
     if place is None:
-        return restored
+        return
     start = np.array([side.start for side in place])
     length = np.array([side.stop - side.start for side in place])
     parts = np.maximum(np.ceil(np.linalg.norm(step[:3, :3], axis=0) - 0.05), 1).astype(int)
@@ -770,19 +842,17 @@ def restore(
     if np.abs((sub_step - nearest) @ _corners(length * parts)).max() < 1e-3:
         # A whole number of voxels apart: interpolation would only add rounding.
         sub_step = nearest
-    for source, target in zip(probabilities, restored, strict=True):
-        sampled = ndimage.affine_transform(
-            source,
-            sub_step[:3, :3],
-            sub_step[:3, 3],
-            tuple(length * parts),
-            order=1,
-            mode="grid-constant",
-            prefilter=False,
-        )
-        blocks = np.stack([length, parts], axis=1).ravel()
-        target[place] = sampled.reshape(blocks).mean(axis=(1, 3, 5))
-    return restored
+    sampled = ndimage.affine_transform(
+        source,
+        sub_step[:3, :3],
+        sub_step[:3, 3],
+        tuple(length * parts),
+        order=1,
+        mode="grid-constant",
+        prefilter=False,
+    )
+    blocks = np.stack([length, parts], axis=1).ravel()
+    target[place] = sampled.reshape(blocks).mean(axis=(1, 3, 5))
 
 
 def _native_box(

@@ -18,7 +18,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fdl_bidsapp.imaging.grid import spacing_of
+from fdl_bidsapp.imaging.grid import Box, spacing_of
 from fdl_bidsapp.labels import Label
 from fdl_bidsapp.reports.palette import CONTRASTS, ON_GREY, structure_colours
 
@@ -113,14 +113,16 @@ def draw_scan(
     """
     volumes = _to_ras(images, segmentation)
     figures = [Figure("overview", "", _overview(volumes, labels))]
-    sides = _view_sizes(volumes, labels)
+    boxes = _boxes(volumes, labels)
+    sides = _view_sizes(volumes, labels, boxes)
     for number, label in enumerate(labels):
-        place = _place(volumes, label, number)
+        box = boxes.get(label.index)
+        place = _place(volumes, label, number, box)
         if place is not None:
             svg = _overlay(volumes, labels, number, place, sides[label.structure])
             figures.append(Figure("overlay", label.abbreviation, svg))
-        if (volumes.labels == label.index).any():
-            histograms = _histograms(volumes, label, structure_colours(_names(labels), ON_GREY))
+        if box is not None:
+            histograms = _histograms(volumes, label, box)
             if histograms:
                 figures.append(Figure("histogram", label.abbreviation, histograms))
     if standard is not None:
@@ -154,12 +156,20 @@ def _finite(data: Array) -> Array:
     return np.where(np.isfinite(data), data, np.float32(0))
 
 
-def _view_sizes(volumes: _Volumes, labels: Sequence[Label]) -> dict[str, float]:
+def _boxes(volumes: _Volumes, labels: Sequence[Label]) -> dict[int, Box]:
+    """Return the box around each structure that is there."""
+    found = enumerate(ndimage.find_objects(volumes.labels), start=1)
+    wanted = {label.index for label in labels}
+    return {index: box for index, box in found if box is not None and index in wanted}
+
+
+def _view_sizes(
+    volumes: _Volumes, labels: Sequence[Label], boxes: Mapping[int, Box]
+) -> dict[str, float]:
     """Return the side of the panels of each structure in mm, the same left and right."""
-    boxes = ndimage.find_objects(volumes.labels)
     sizes: dict[str, float] = {}
     for label in labels:
-        box = boxes[label.index - 1] if label.index <= len(boxes) else None
+        box = boxes.get(label.index)
         extent = 10.0
         if box is not None:
             lengths = [side.stop - side.start for side in box]
@@ -169,18 +179,18 @@ def _view_sizes(volumes: _Volumes, labels: Sequence[Label]) -> dict[str, float]:
     return sizes
 
 
-def _place(volumes: _Volumes, label: Label, number: int) -> Array | None:
+def _place(volumes: _Volumes, label: Label, number: int, box: Box | None) -> Array | None:
     """Return the voxel through which a nucleus is cut, where most of it is seen."""
-    mask = volumes.labels == label.index
-    if not mask.any():
+    if box is None:
         probability = volumes.probabilities[number]
         if probability.max() < 0.01:
             return None
-        return np.array(np.unravel_index(probability.argmax(), mask.shape))
+        return np.array(np.unravel_index(probability.argmax(), probability.shape))
+    mask = volumes.labels[box] == label.index
     return np.array(
         [
-            mask.sum(axis=tuple(other for other in range(3) if other != axis)).argmax()
-            for axis in range(3)
+            side.start + mask.sum(axis=tuple(other for other in range(3) if other != axis)).argmax()
+            for axis, side in enumerate(box)
         ]
     )
 
@@ -193,10 +203,11 @@ def _overlay(
     colours = structure_colours(_names(labels), ON_GREY)
     parts, outlines = [], []
     rows = [*volumes.maps, "probability"]
+    views = [_Cut(cut, place, volumes.labels.shape, volumes.spacing, side) for cut in _CUTS]
+    paths = [view.outlines(volumes.labels, PANEL / side) for view in views]
     for row, name in enumerate(rows):
         top = row * (PANEL + GAP)
         data = volumes.maps[volumes.target if name == "probability" else name]
-        views = [_Cut(cut, place, volumes.labels.shape, volumes.spacing, side) for cut in _CUTS]
         pictures = [view.sample(data) for view in views]
         low, high = _window(volumes.target if name == "probability" else name, pictures)
         for column, (view, picture) in enumerate(zip(views, pictures, strict=True)):
@@ -210,8 +221,8 @@ def _overlay(
             lines = []
             for other in labels:
                 own = other.index == label.index
-                path = view.outline(volumes.labels, other.index, PANEL / side)
-                if not path or (name == "probability" and not own):
+                path = paths[column].get(other.index)
+                if path is None or (name == "probability" and not own):
                     continue
                 colour = colours[other.structure]
                 width, dash = (1.6, "") if own else (1.0, ' stroke-dasharray="3 2"')
@@ -253,6 +264,12 @@ class _Cut:
         )
         self._points = np.meshgrid(across, up, indexing="ij")
         first, second = (shape[axis] for axis in self.seen)
+        # The part of the plane that is seen, and as much around it as a spline feels.
+        self._seen = tuple(
+            slice(max(int(points.min()) - 8, 0), max(int(points.max()) + 9, 1))
+            for points in (across, up)
+        )
+        self._offset = np.array([side.start for side in self._seen]).reshape(2, 1, 1)
         self._outside = (
             (self._points[0] < -0.5)
             | (self._points[0] > first - 0.5)
@@ -262,20 +279,22 @@ class _Cut:
 
     def sample(self, volume: Array, order: int = 3) -> Array:
         """Return the picture, first row on top; NaN outside the field of view."""
-        plane = np.asarray(_plane(volume, self._slice, self.axis), np.float32)
-        picture = ndimage.map_coordinates(plane, self._points, order=order, mode="nearest")
+        plane = np.asarray(_plane(volume, self._slice, self.axis)[self._seen], np.float32)
+        points = self._points - self._offset
+        picture = ndimage.map_coordinates(plane, points, order=order, mode="nearest")
         return np.where(self._outside, np.nan, picture).T[::-1]
 
-    def outline(self, labels: Array, index: int, scale: float) -> str:
-        """Return a structure's outline as the data of an SVG path, in a panel's units."""
-        plane = _plane(labels, self._slice, self.axis) == index
-        half = PANEL / 2
+    def outlines(self, labels: Array, scale: float) -> dict[int, str]:
+        """Return each structure's outline as the data of an SVG path, in a panel's units."""
+        plane = _plane(labels, self._slice, self.axis)[self._seen]
+        corner, half = self._offset.ravel(), PANEL / 2
 
         def to_panel(points: Array) -> Array:
-            offset = (points - self._middle) * self._spacing * scale
+            offset = (points + corner - self._middle) * self._spacing * scale
             return np.column_stack([half + offset[:, 0], half - offset[:, 1]])
 
-        return _path(plane, to_panel)
+        indices = np.unique(plane[plane > 0]).tolist()
+        return {index: _path(plane == index, to_panel) for index in indices}
 
 
 def _plane(volume: Array, place: int, axis: int) -> Array:
@@ -429,14 +448,14 @@ def _whole_cuts(
         yield name, axis, seen, best(masks[0], axis)
 
 
-def _histograms(volumes: _Volumes, label: Label, colours: Mapping[str, str]) -> str:
+def _histograms(volumes: _Volumes, label: Label, box: Box) -> str:
     """Draw how QSM and R2* are distributed in a nucleus and around it."""
-    inside, around = _inside_and_around(volumes, label)
+    place, inside, around = _inside_and_around(volumes, label, box)
     shown = []
     for name in ("qsm", "r2star"):
         if name not in volumes.maps:
             continue
-        within, outside = (volumes.maps[name][where] for where in (inside, around))
+        within, outside = (volumes.maps[name][place][where] for where in (inside, around))
         within, outside = within[within != 0], outside[outside != 0]
         if within.size and outside.size:
             shown.append((name, within, outside))
@@ -462,17 +481,16 @@ def _histograms(volumes: _Volumes, label: Label, colours: Mapping[str, str]) -> 
     )
 
 
-def _inside_and_around(volumes: _Volumes, label: Label) -> tuple[Array, Array]:
-    mask = volumes.labels == label.index
-    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+def _inside_and_around(volumes: _Volumes, label: Label, box: Box) -> tuple[Box, Array, Array]:
+    """Return a part of the volume, and what of it is a structure and its surround."""
     reach = np.ceil(SURROUND_MM / volumes.spacing).astype(int) + 1
-    wide = tuple(
+    i, j, k = (
         slice(max(side.start - by, 0), side.stop + by) for side, by in zip(box, reach, strict=True)
     )
-    distance = ndimage.distance_transform_edt(~mask[wide], sampling=volumes.spacing)
-    around = np.zeros(mask.shape, bool)
-    around[wide] = (distance <= SURROUND_MM) & (volumes.labels[wide] == 0)
-    return mask, around
+    part = volumes.labels[i, j, k]
+    inside = part == label.index
+    distance = ndimage.distance_transform_edt(~inside, sampling=volumes.spacing)
+    return (i, j, k), inside, (distance <= SURROUND_MM) & (part == 0)
 
 
 def _histogram(name: str, inside: Array, around: Array, width: float, height: float) -> str:

@@ -20,7 +20,18 @@ from fdl_bidsapp.errors import (
     InputMissingError,
     UsageError,
 )
-from fdl_bidsapp.imaging.grid import canonical, conform, load_image, same_grid
+from fdl_bidsapp.imaging.grid import (
+    Corner,
+    Grid,
+    canonical,
+    canvas_geometry,
+    conform,
+    load_image,
+    middle,
+    same_grid,
+    shifted,
+    window_around,
+)
 from fdl_bidsapp.labels import Label, nuclei
 from fdl_bidsapp.models.fdl import CONTRASTS, ModelSpec
 from fdl_bidsapp.pipeline import ScanImages, read_scan, to_canvas
@@ -432,10 +443,6 @@ def load_case(
     """
     images, labels = read_case(labelled, spec.contrasts, modalities)
     check_values(labels, known, labelled.label)
-    # Any of the contrasts may be needed here, whichever the model segments.
-    everywhere = replace(spec, method="multimodal", locator=None, regions=())
-    canvas = to_canvas(images, everywhere)
-    shape = canvas.maps[images.target].shape
     classes = np.zeros(labels.shape, np.float32)
     for position, label in enumerate(spec.labels, start=1):
         classes[labels == label.index] = position
@@ -445,36 +452,50 @@ def load_case(
             "label them, or remove the case",
             path=labelled.label,
         )
-    moved = canonical(nib.Nifti1Image(classes, images.affine))
-    starts: list[tuple[int, int, int] | None]
+    starts: tuple[Corner | None, ...]
     if spec.locator is None:
+        # Any of the contrasts may be needed here, whichever the model segments.
+        canvas = to_canvas(images, replace(spec, method="multimodal"))
+        maps, affine = canvas.maps, canvas.affine
         i, j, k = (int(n) for n in canvas.starts[0])
-        starts = [(i, j, k)]
+        starts = ((i, j, k),)
     else:
-        # The model looks for its windows itself; where it ought to find them is known here.
-        to_canvas_voxel = np.linalg.inv(canvas.affine) @ images.affine
-        starts = [
-            _centred(classes, positions, to_canvas_voxel, spec.grid_shape)
-            for positions in spec.windows
-        ]
-    return Case(
-        labelled.name,
-        labelled.participant,
-        canvas.maps,
-        conform(moved, shape, canvas.affine, order=0).astype(np.uint8),
-        tuple(starts),
-    )
+        maps, affine, starts = _around_regions(images, classes, spec)
+    moved = canonical(nib.Nifti1Image(classes, images.affine))
+    placed = conform(moved, maps[images.target].shape, affine, order=0)
+    return Case(labelled.name, labelled.participant, maps, placed.astype(np.uint8), starts)
 
 
-def _centred(
-    classes: Array, positions: Sequence[int], to_canvas_voxel: Array, shape: Sequence[int]
-) -> tuple[int, int, int] | None:
-    """Return the corner of the window around some structures."""
-    inside = np.argwhere(np.isin(classes, np.add(positions, 1)))
-    if not len(inside):
-        return None
-    middle = to_canvas_voxel @ [*(inside.min(0) + inside.max(0)) / 2, 1]
-    i, j, k = (int(n) for n in np.round(middle[:3] - (np.array(shape) - 1) / 2))
+def _around_regions(
+    images: ScanImages, classes: Array, spec: ModelSpec
+) -> tuple[dict[str, Array], Array, tuple[Corner | None, ...]]:
+    """Sample the part of a scan that windows around the labelled regions may show.
+
+    The model looks for its windows itself; where it ought to find them is known here.
+    """
+    native = {name: nib.Nifti1Image(data, images.affine) for name, data in images.maps.items()}
+    grid = Grid(spec.grid_shape, spec.grid_spacing)
+    shape, affine, _ = canvas_geometry(native[images.target], grid)
+    to_canvas_voxel = np.linalg.inv(affine) @ images.affine
+    starts: list[Corner | None] = []
+    for positions in spec.windows:
+        centre = middle(np.isin(classes, np.add(positions, 1)))
+        if centre is not None:
+            centre = (to_canvas_voxel @ [*centre, 1])[:3]
+        starts.append(None if centre is None else window_around(centre, shape, grid))
+    corners = np.array([start for start in starts if start is not None])
+    # Windows are drawn anywhere that holds the structures, and bent beyond that.
+    room = np.ceil(0.65 * np.array(grid.shape)).astype(int)
+    low = np.maximum(corners.min(0) - room, 0)
+    high = np.minimum(corners.max(0) + grid.shape + room, shape)
+    part = [int(n) for n in high - low]
+    affine = shifted(affine, low)
+    maps = {name: conform(image, part, affine) for name, image in native.items()}
+    return maps, affine, tuple(None if s is None else _minus(s, low) for s in starts)
+
+
+def _minus(start: Corner, low: Array) -> Corner:
+    i, j, k = (int(a - b) for a, b in zip(start, low, strict=True))
     return i, j, k
 
 

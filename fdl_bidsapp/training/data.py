@@ -11,7 +11,7 @@ import scipy.ndimage as ndi
 import torch
 import torch.nn.functional as F
 
-from fdl_bidsapp.imaging.grid import Grid, canonical, canvas_geometry, conform
+from fdl_bidsapp.imaging.grid import Grid, canonical, canvas_geometry, conform, middle
 from fdl_bidsapp.imaging.intensity import limits, scale
 from fdl_bidsapp.models.fdl import CONTRASTS
 from fdl_bidsapp.models.fourier import low_part
@@ -173,6 +173,13 @@ class SimulatedWindows:
         other methods.
     low_share
         How many batches it comes with: each costs a part of a step.
+    region_shares
+        How often a window lies around each region; alike as a rule.
+    astray
+        How many windows lie off their region, by up to most of their own size: what a locator
+        points at in a field of view without that region.
+    cut_off
+        How many windows reach beyond the field of view, which ends on a slice in them.
     """
 
     def __init__(
@@ -185,12 +192,18 @@ class SimulatedWindows:
         severity: float = 1.0,
         theta: float | None = None,
         low_share: float = 1.0,
+        region_shares: Sequence[float] | None = None,
+        astray: float = 0.0,
+        cut_off: float = 0.0,
     ) -> None:
         self.intensity = intensity
         self.contrasts = contrasts
         self.severity = severity
         self.theta = theta
         self.low_share = low_share
+        self.region_shares = np.asarray(region_shares or [1.0] * len(regions))
+        self.astray = astray
+        self.cut_off = cut_off
         self.scans = [np.load(file, mmap_mode="r") for file in files]
         self.swap = torch.tensor([0, *(position + 1 for position in mirrored)])
         self.centres = [
@@ -245,14 +258,22 @@ class SimulatedWindows:
             CONTRASTS.index(name)
             for name in [target, *rng.permutation(rest).tolist()][:n_contrasts]
         ]
-        centres = [centre for centre in self.centres[which] if centre is not None]
-        size = np.array(self.scans[which].shape[1:])
-        if centres:
-            centre = centres[int(rng.integers(len(centres)))]
-            centre = centre + rng.uniform(-1, 1, 3) * np.asarray(jitter)
+        shown = [i for i, each in enumerate(self.centres[which]) if each is not None]
+        if shown:
+            weights = self.region_shares[shown]
+            centre = self.centres[which][int(rng.choice(shown, p=weights / weights.sum()))]
+            reach = np.asarray(jitter, float)
+            if rng.random() < self.astray:
+                reach = np.array(shape) * 0.8
+            centre = centre + rng.uniform(-1, 1, 3) * reach
         else:
-            centre = rng.uniform(0.3, 0.7, 3) * size
+            centre = rng.uniform(0.3, 0.7, 3) * np.array(self.scans[which].shape[1:])
         images, classes = cut_window(self.scans[which], channels, centre, shape, rng)
+        if rng.random() < self.cut_off:
+            n = int(rng.integers(1, shape[2]))
+            beyond = slice(None, n) if rng.random() < 0.5 else slice(n, None)
+            images[..., beyond] = 0
+            classes[..., beyond] = 0
         if rng.random() < 0.5:
             images = images.flip(2)
             classes = self.swap[classes.flip(1)]
@@ -282,18 +303,6 @@ class SimulatedWindows:
             # A contrast that no site has: the shape has to be learnt, not the order of tissues.
             image = remap(image, rng)
         return torch.from_numpy(np.ascontiguousarray(image, np.float32))
-
-
-def middle(inside: Array) -> Array | None:
-    """Return the middle of the box around what is inside, in voxels; ``None`` without any.
-
-    Examples
-    --------
-    >>> middle(np.array([[0, 0, 0], [0, 1, 1]]) > 0).tolist()
-    [1.0, 1.5]
-    """
-    places = np.argwhere(inside)
-    return (places.min(0) + places.max(0)) / 2 if len(places) else None
 
 
 def cut_window(
@@ -358,6 +367,8 @@ class SimulatedHeads:
     ----------
     files, intensity, contrasts, regions, severity
         As for :class:`SimulatedWindows`; files as :func:`cache_head` writes them.
+    least
+        Size to which smaller fields of view are padded, in drawn voxels: the locator's grid.
     step
         Voxels of the cached scans to one of the drawn ones, an axis.
     radius
@@ -370,6 +381,7 @@ class SimulatedHeads:
         intensity: dict[str, str],
         contrasts: dict[str, float],
         regions: Sequence[Sequence[int]],
+        least: Sequence[int],
         *,
         step: int = 2,
         radius: float = 8.0,
@@ -378,6 +390,7 @@ class SimulatedHeads:
         self.severity = severity
         self.intensity = intensity
         self.contrasts = contrasts
+        self.least = tuple(least)
         self.scans = []
         for file in files:
             scan = np.load(file, mmap_mode="r")
@@ -402,13 +415,19 @@ class SimulatedHeads:
         contrast = str(rng.choice(list(self.contrasts), p=list(self.contrasts.values())))
         whole = np.array(scan.shape[1:])
         shares = np.where(rng.random(3) < 0.5, rng.uniform(0.55, 1, 3), rng.uniform(0.9, 1.15, 3))
-        a, b, c = (max(16, round(float(n))) for n in whole * shares)
+        if rng.random() < 0.35:
+            # A slab, which may end above, below or in the nuclei.
+            shares[2] = rng.uniform(0.15, 0.6)
+        a, b, c = (max(4, round(float(n))) for n in whole * shares)
         room = np.abs(whole - (a, b, c)) / 2
         centre = (whole - 1) / 2 + rng.uniform(-1, 1, 3) * room
         linear = np.eye(3)
         if rng.random() < 0.6:
             linear = rotation(rng.normal(0, 7, 3)) @ np.diag(np.exp(rng.normal(0, 0.1, 3)))
         (image,), region = cut_patch(scan, [CONTRASTS.index(contrast)], centre, linear, (a, b, c))
+        lacking = [max(0, n - m) for n, m in zip(self.least, (a, b, c), strict=True)]
+        around = [(n // 2, n - n // 2) for n in lacking]
+        image, region = np.pad(image, around), np.pad(region, around)
         if rng.random() < 0.5:
             image, region = image[::-1], region[::-1]
         image = degrade(np.ascontiguousarray(image), rng, self.severity)

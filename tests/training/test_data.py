@@ -122,6 +122,39 @@ def test_an_undeformed_window_is_a_plain_crop():
     assert not classes[..., :2].any()
 
 
+def test_windows_lie_around_each_region_as_often_as_asked(tmp_path):
+    files = saved(tmp_path, two_sided())
+    options = {"shape": (12, 20, 16), "regions": ((1,), (2,)), "severity": 0.0}
+    drawn = draws(files, 40, region_shares=(0.9, 0.1), **options)
+    # Around the bright structure all else is the darkest, around the dim one the brightest.
+    bright = [float(image.median()) < 0.5 for image, _ in drawn]
+    assert 30 <= sum(bright) < 40
+
+
+def test_a_window_astray_may_miss_its_region(tmp_path):
+    files = saved(tmp_path, two_sided())
+    options = {"shape": (12, 20, 16), "regions": ((1,),)}
+    assert all(bool(classes.any()) for _, classes in draws(files, 20, **options))
+    missed = [not classes.any() for _, classes in draws(files, 20, astray=1.0, **options)]
+    assert 3 < sum(missed) < 20
+
+
+def test_a_field_of_view_that_ends_in_a_window_takes_image_and_labels(tmp_path):
+    files = saved(tmp_path, stack_of(np.ones(SHAPE), np.ones(SHAPE)))
+    rng = np.random.default_rng(0)
+    drawn = windows(files, regions=((1,),), cut_off=1.0, severity=0.0)
+    ends = []
+    for _ in range(20):
+        _, classes = drawn.draw(rng, (10, 12, 16), (0, 0, 0))
+        filled = (classes[0] > 0).float().mean((0, 1))
+        # A window that is turned may leave the scan with its corners.
+        seen = filled > 0.7
+        assert not filled[~seen].any()
+        assert not (seen[0] and seen[-1])
+        ends.append(int(seen.sum()))
+    assert len(set(ends)) > 6
+
+
 def test_a_deformed_window_moves_image_and_labels_alike():
     scan = two_sided()
     for seed in range(10):
@@ -293,6 +326,9 @@ def test_a_scan_of_the_template_is_kept_as_region_and_head(coarse, tmp_path):
 CENTRES = {1: (29.5, 21.5, 41.5), 2: (29.5, 51.5, 21.5)}
 
 
+LEAST = (24, 24, 16)
+
+
 def fields_of_view(tmp_path, n, bright=1):
     """Draws from a scan whose image is bright in one of its two regions."""
     shape = (60, 80, 64)
@@ -301,14 +337,15 @@ def fields_of_view(tmp_path, n, bright=1):
     places = np.indices(shape) - np.reshape(CENTRES[bright], (3, 1, 1, 1))
     image = np.linalg.norm(places, axis=0) <= 10
     files = saved(tmp_path, stack_of(image.astype(float), labels))
-    coarse = SimulatedHeads(files, INTENSITY, {"qsm": 1.0}, ((1,), (2,)), radius=10, severity=0.0)
+    regions, options = ((1,), (2,)), {"radius": 10, "severity": 0.0}
+    coarse = SimulatedHeads(files, INTENSITY, {"qsm": 1.0}, regions, LEAST, **options)
     return [coarse.draw(np.random.default_rng(seed)) for seed in range(n)]
 
 
 @pytest.mark.parametrize("value", [1, 2])
 def test_each_region_lies_around_its_nuclei_in_every_field_of_view(tmp_path, value):
     agreeing = []
-    for image, classes in fields_of_view(tmp_path, 24, value):
+    for image, classes in fields_of_view(tmp_path, 36, value):
         assert image.shape[2:] == classes.shape[1:]
         bright, region = image[0, 0] > 0.5, classes[0] == value
         if region.sum() > 200:
@@ -324,6 +361,13 @@ def test_fields_of_view_differ_and_some_miss_a_part_of_a_region(tmp_path):
     assert len({tuple(image.shape) for image, _ in drawn}) > 20
     sizes = [int((classes == 1).sum()) for _, classes in drawn]
     assert min(sizes) < 0.8 * np.median(sizes)
+
+
+def test_slabs_hold_both_regions_or_one_or_none_and_are_padded_to_the_grid(tmp_path):
+    drawn = fields_of_view(tmp_path, 60)
+    assert all(n >= m for image, _ in drawn for n, m in zip(image.shape[2:], LEAST, strict=True))
+    shown = {tuple(classes.unique().tolist()) for _, classes in drawn}
+    assert shown == {(0,), (0, 1), (0, 2), (0, 1, 2)}
 
 
 HEAD_SCAN = {"echoes": 3, "inversion": "tikhonov"}

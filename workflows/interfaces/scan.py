@@ -80,13 +80,10 @@ class NormaliseScan(SimpleInterface):
 
         spec = load_model(self.inputs.model, self.inputs.model_sha256).spec
         images = read_scan(self.inputs.scan, self.inputs.target, spec.contrasts)
-        for name, save, content in (
-            ("images", save_images, images),
-            ("canvas", save_canvas, to_canvas(images, spec)),
-        ):
-            path = str(Path(runtime.cwd, f"{name}.npz"))
-            save(path, content)
-            self._results[name] = path
+        for name in ("images", "canvas"):
+            self._results[name] = str(Path(runtime.cwd, f"{name}.npz"))
+        save_images(self._results["images"], images)
+        save_canvas(self._results["canvas"], to_canvas(images, spec))
         return runtime
 
 
