@@ -124,7 +124,7 @@ def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> W
     workflow = Workflow(name)
     workflow.connect(
         [
-            (normalise, segment, [("canvas", "canvas")]),
+            (normalise, segment, [("images", "images"), ("canvas", "canvas")]),
             (normalise, deliver, [("images", "images")]),
             (segment, deliver, [("probabilities", "probabilities"), ("note", "note")]),
         ]

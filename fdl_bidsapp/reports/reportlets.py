@@ -153,7 +153,8 @@ def _to_ras(images: ScanImages, segmentation: Segmentation) -> _Volumes:
 
 
 def _finite(data: Array) -> Array:
-    return np.where(np.isfinite(data), data, np.float32(0))
+    finite = np.isfinite(data)
+    return data if finite.all() else np.where(finite, data, np.float32(0))
 
 
 def _boxes(volumes: _Volumes, labels: Sequence[Label]) -> dict[int, Box]:

@@ -12,6 +12,7 @@ from nipype.interfaces.base import (
     File,
     SimpleInterface,
     TraitedSpec,
+    isdefined,
     traits,
 )
 
@@ -66,7 +67,11 @@ class _NormaliseInputs(_ModelInputs):
 
 class _NormaliseOutputs(TraitedSpec):
     images = File(exists=True, desc="all contrasts on the target's own grid")
-    canvas = File(exists=True, desc="what the network reads, on the model's canvas")
+    canvas = File(
+        exists=True,
+        desc="what the network reads, on the model's canvas; none for a model that samples its "
+        "windows from the images themselves",
+    )
 
 
 class NormaliseScan(SimpleInterface):
@@ -80,15 +85,17 @@ class NormaliseScan(SimpleInterface):
 
         spec = load_model(self.inputs.model, self.inputs.model_sha256).spec
         images = read_scan(self.inputs.scan, self.inputs.target, spec.contrasts)
-        for name in ("images", "canvas"):
-            self._results[name] = str(Path(runtime.cwd, f"{name}.npz"))
+        self._results["images"] = str(Path(runtime.cwd, "images.npz"))
         save_images(self._results["images"], images)
-        save_canvas(self._results["canvas"], to_canvas(images, spec))
+        if spec.locator is None:
+            self._results["canvas"] = str(Path(runtime.cwd, "canvas.npz"))
+            save_canvas(self._results["canvas"], to_canvas(images, spec))
         return runtime
 
 
 class _SegmentInputs(_ModelInputs):
-    canvas = File(exists=True, mandatory=True)
+    images = File(exists=True, mandatory=True)
+    canvas = File(exists=True, desc="of the images, where the model has one")
     device = traits.Str("cpu", usedefault=True)
     fall_back = traits.Bool(False, usedefault=True, desc="to the CPU when the GPU fails")
     use_gpu = traits.Bool(False, usedefault=True, desc="takes the GPU slot of the scheduler")
@@ -138,12 +145,17 @@ class SegmentScan(SimpleInterface):
     def _segment(self, device: str) -> tuple[Any, Any]:
         import torch
 
-        from fdl_bidsapp.pipeline import load_canvas, segment_canvas
+        from fdl_bidsapp.pipeline import load_canvas, load_images, segment_canvas, to_canvas
 
         model = (self.inputs.model, self.inputs.model_sha256)
+        bundle = load_model(*model)
+        if isdefined(self.inputs.canvas):
+            canvas = load_canvas(self.inputs.canvas)
+        else:
+            canvas = to_canvas(load_images(self.inputs.images), bundle.spec)
         return segment_canvas(
-            load_canvas(self.inputs.canvas),
-            load_model(*model),
+            canvas,
+            bundle,
             _network(*model, device),
             torch.device(device),
             flips=self.inputs.flips,
