@@ -31,8 +31,8 @@ PANEL = 128
 """Side of a panel, in the figure's own units."""
 
 GAP = 4
-PIXELS = 112
-"""Side of a panel's picture; more than there are voxels in it."""
+LEAST_PIXELS, MOST_PIXELS = 48, 112
+"""Side of a panel's picture: two for each of the smallest voxels in it, within these."""
 
 FIELD_OF_VIEW = 2.5
 """Side of a panel over the largest side of its nucleus."""
@@ -259,7 +259,8 @@ class _Cut:
         self._spacing = spacing[list(self.seen)]
         self._middle = place[list(self.seen)].astype(float)
         self._side = side
-        steps = ((np.arange(PIXELS) + 0.5) / PIXELS - 0.5) * side
+        pixels = min(max(round(2 * side / self._spacing.min()), LEAST_PIXELS), MOST_PIXELS)
+        steps = ((np.arange(pixels) + 0.5) / pixels - 0.5) * side
         across, up = (
             middle + steps / step for middle, step in zip(self._middle, self._spacing, strict=True)
         )
