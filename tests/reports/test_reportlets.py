@@ -86,11 +86,19 @@ def test_each_contrast_and_the_probability_have_three_cuts() -> None:
     cuts = [picture for picture in pictures(svg) if picture.shape[0] == picture.shape[1]]
     assert len(cuts) == 12
     # The nucleus is bright in QSM, dark in the magnitude, coloured in the probability.
-    middle = slice(50, 62)
-    assert cuts[0][middle, middle].mean() > 1.5 * cuts[0][:12, :12].mean()
-    assert cuts[6][middle, middle].mean() < cuts[6][:12, :12].mean()
+    n = len(cuts[0])
+    middle, corner = slice(n // 2 - n // 16, n // 2 + n // 16), slice(n // 9)
+    assert cuts[0][middle, middle].mean() > 1.5 * cuts[0][corner, corner].mean()
+    assert cuts[6][middle, middle].mean() < cuts[6][corner, corner].mean()
     red, _, blue = cuts[9][middle, middle].reshape(-1, 3).mean(axis=0)
     assert red > blue + 50
+
+
+@pytest.mark.parametrize(("voxel", "pixels"), [(1.0, 48), (0.5, 72), (0.2, 112)])
+def test_a_picture_has_two_pixels_for_a_voxel_within_limits(voxel: float, pixels: int) -> None:
+    scan = scene(np.diag([voxel, voxel, voxel, 1.0]))
+    svg = by_name(draw_scan(*scan, LABELS))["overlay", "RNL"]
+    assert pictures(svg)[0].shape == (pixels, pixels)
 
 
 @pytest.mark.parametrize("flipped", [False, True], ids=["RAS", "LAS"])
