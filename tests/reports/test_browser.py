@@ -227,6 +227,9 @@ def test_ratings_are_kept_and_exported(driver: Chrome, pages: Path) -> None:
     driver.execute_script("arguments[0].querySelector('[value=good]').click()", right)
     assert driver.find_element(By.ID, "rated").text == "2 of 2 nuclei rated"
     driver.refresh()
+    WebDriverWait(driver, 20).until(
+        lambda _: driver.find_element(By.ID, "rated").text == "2 of 2 nuclei rated"
+    )
     left, right = driver.find_elements(By.CSS_SELECTOR, "fieldset.rating")
     assert left.find_element(By.CSS_SELECTOR, "[value='needs editing']").is_selected()
     driver.execute_script("arguments[0].querySelector('.withdraw').click()", right)
