@@ -289,14 +289,18 @@ class _Cut:
     def outlines(self, labels: Array, scale: float) -> dict[int, str]:
         """Return each structure's outline as the data of an SVG path, in a panel's units."""
         plane = _plane(labels, self._slice, self.axis)[self._seen]
-        corner, half = self._offset.ravel(), PANEL / 2
+        half, paths = PANEL / 2, {}
+        for index, box in enumerate(ndimage.find_objects(plane), start=1):
+            if box is None:
+                continue
+            corner = self._offset.ravel() + [side.start for side in box] - self._middle
 
-        def to_panel(points: Array) -> Array:
-            offset = (points + corner - self._middle) * self._spacing * scale
-            return np.column_stack([half + offset[:, 0], half - offset[:, 1]])
+            def to_panel(points: Array, corner: Array = corner) -> Array:
+                offset = (points + corner) * self._spacing * scale
+                return np.column_stack([half + offset[:, 0], half - offset[:, 1]])
 
-        indices = np.unique(plane[plane > 0]).tolist()
-        return {index: _path(plane == index, to_panel) for index in indices}
+            paths[index] = _path(plane[box] == index, to_panel)
+        return paths
 
 
 def _plane(volume: Array, place: int, axis: int) -> Array:
@@ -626,7 +630,7 @@ def _picture(
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
     content = base64.b64encode(buffer.getvalue()).decode()
     return (
         f'<image x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" '
