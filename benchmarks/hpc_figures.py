@@ -36,7 +36,7 @@ def figures() -> str:
     seconds = app["seconds"] / app["scans"]
     rows = {
         "seconds a scan": seconds.map("{:.1f}".format),
-        "longer than a bare loop": app["overhead"].map("{:.0%}".format),
+        "time beside a bare loop in one process": app["overhead"].map("{:+.0%}".format),
         "peak memory, GB": (app["peak_memory_mb"] / 1000).map("{:.1f}".format),
         "intermediate MB of a scan at work": app["work_mb_per_scan_at_work"].map("{:.0f}".format),
         "intermediate files of a scan at work": app["work_files_per_scan_at_work"].map(
@@ -58,11 +58,11 @@ def figures() -> str:
         "\n".join(lines)
         + f"""
 
-Measured on {first["machine"]}, {first["scans"]} simulated scans of the demonstration's size through
-participant and group level (`benchmarks/results/throughput.tsv`). At {alone:.1f} s of a core a
-scan, {PER_TASK} take {PER_TASK * alone / 60:.0f} core-minutes and {SCANS:,} some
-{SCANS * alone / 3600:.0f} core-hours; scans of finer voxels take longer. In one run of
-{done.max()} scans the memory of the last twenty was {late / early - 1:+.1%} of that of scans 20
+Measured on {first["machine"]}: {first["scans"]} simulated scans of the demonstration's size through
+participant and group level (`benchmarks/results/throughput.tsv`).
+At {alone:.1f} s of a core a scan, {PER_TASK} take {PER_TASK * alone / 60:.0f} core-minutes and
+{SCANS:,} some {SCANS * alone / 3600:.0f} core-hours; scans of finer voxels take longer.
+In one run of {done.max()} scans the last twenty took {late / early - 1:+.1%} memory beside scans 20
 to 40 (`benchmarks/results/memory.tsv`).
 """
     )
