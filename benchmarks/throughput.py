@@ -15,11 +15,13 @@ are not ours: ``python -m venv NN; NN/bin/pip install torch==2.13.0 nnunetv2``; 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -134,7 +136,18 @@ def main() -> None:
             )
             for name, seen in runs.items():
                 print(f"  {name}: {60 * number[name] / seen.seconds:.1f} scans a minute")
-    write_tsv(options.results, rows, list(rows[0]))
+    write_tsv(options.results, [*kept(options.results, rows), *rows], list(rows[0]))
+
+
+def kept(table: Path, rows: Sequence[dict[str, object]]) -> list[dict[str, str]]:
+    """Return the rows of the table that these do not replace; each says how it was measured."""
+    if not table.is_file():
+        return []
+    with table.open(encoding="utf-8", newline="") as lines:
+        before = list(csv.DictReader(lines, delimiter="\t"))
+    key = ("tool", "cores", "device")
+    new = {tuple(str(row[name]) for name in key) for row in rows}
+    return [row for row in before if tuple(row[name] for name in key) not in new]
 
 
 def row(
