@@ -32,7 +32,7 @@ def figures() -> str:
     """Return the measured figures as Markdown."""
     table = pd.read_csv(RESULTS / "throughput.tsv", sep="\t", na_values="n/a")
     app = table[(table["tool"] == "fdl-bidsapp") & (table["device"] == "cpu")]
-    app = app.set_index("cores")
+    app = app.set_index("cores").sort_index()
     seconds = app["seconds"] / app["scans"]
     rows = {
         "seconds a scan": seconds.map("{:.1f}".format),
