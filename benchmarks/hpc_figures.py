@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from memory import RESULTS, early_and_late
 
-RESULTS = Path(__file__).parent / "results"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "hpc.md"
 BEGIN, END = "<!-- figures: benchmarks/hpc_figures.py -->", "<!-- end of figures -->"
 SCANS, PER_TASK = 50_000, 50
@@ -51,9 +51,8 @@ def figures() -> str:
     alone = seconds.loc[1]
     first = app.iloc[0]
     memory = pd.read_csv(RESULTS / "memory.tsv", sep="\t")
-    done, used = memory["scans_done"], memory["memory_mb"]
-    early = used[(done >= 20) & (done < 40)].median()
-    late = used[done >= done.max() - 20].median()
+    by_scan = dict(zip(memory["scans_done"], memory["memory_mb"], strict=True))
+    early, late = early_and_late(by_scan)
     return (
         "\n".join(lines)
         + f"""
@@ -62,8 +61,8 @@ Measured on {first["machine"]}: {first["scans"]} simulated scans of the demonstr
 participant and group level (`benchmarks/results/throughput.tsv`).
 At {alone:.1f} s of a core a scan, {PER_TASK} take {PER_TASK * alone / 60:.0f} core-minutes and
 {SCANS:,} some {SCANS * alone / 3600:.0f} core-hours; scans of finer voxels take longer.
-In one run of {done.max()} scans the last twenty took {late / early - 1:+.1%} memory beside scans 20
-to 40 (`benchmarks/results/memory.tsv`).
+In one run of {max(by_scan)} scans the last twenty took {late / early - 1:+.1%} memory beside
+scans 20 to 40 (`benchmarks/results/memory.tsv`).
 """
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -57,14 +58,20 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     write_tsv(options.results / "memory.tsv", rows, list(rows[0]))
     draw(by_scan, options.results / "memory.svg")
-    early = [memory for done, memory in by_scan.items() if FROM <= done < 2 * FROM]
-    late = [memory for done, memory in by_scan.items() if done >= options.scans - FROM]
-    if options.scans < 4 * FROM or not (early and late):
+    if options.scans < 4 * FROM:
         print(f"{seen.peak_memory:.0f} MB at most; too few scans to say whether it grows")
         return
-    growth = median(late) / median(early)
-    print(f"scans 20 to 40: {median(early):.0f} MB, the last 20: {median(late):.0f} MB")
+    early, late = early_and_late(by_scan)
+    print(f"scans 20 to 40: {early:.0f} MB, the last 20: {late:.0f} MB")
+    growth = late / early
     print("flat" if growth <= LIMIT else f"not flat: {growth:.2f} times as much")
+
+
+def early_and_late(by_scan: Mapping[int, float]) -> tuple[float, float]:
+    """Return the median memory of scans 20 to 40 and of the last twenty, by scans done."""
+    early = [memory for done, memory in by_scan.items() if FROM <= done < 2 * FROM]
+    late = [memory for done, memory in by_scan.items() if done >= max(by_scan) - FROM]
+    return median(early), median(late)
 
 
 def draw(by_scan: dict[int, float], path: Path) -> None:

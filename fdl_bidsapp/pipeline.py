@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, cast
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
 
 from fdl_bidsapp.bids.inputs import Scan, Source
 from fdl_bidsapp.errors import DataError, ImageError, InputMissingError
@@ -23,6 +22,7 @@ from fdl_bidsapp.imaging.grid import (
     Grid,
     LoadedImage,
     blend,
+    box_around,
     canonical,
     canvas_geometry,
     complete,
@@ -535,7 +535,8 @@ def to_native(
     native = restore(probabilities, affine, shape, native_affine)
     mapped = np.zeros(native.shape[1:], np.uint8)
     # A small part of the scan, as a rule.
-    for box in ndimage.find_objects(native.any(axis=0).view(np.uint8)):
+    box = box_around(np.any(native, axis=0))
+    if box is not None:
         mapped[box] = label_map(native[(slice(None), *box)], labels)
     cleaned, components = largest_components(mapped, labels)
     return Segmentation(cleaned, native, components)

@@ -766,7 +766,7 @@ def crop_to(
     >>> cropped.shape, affine[:3, 3].tolist()
     ((1, 5, 5, 5), [8.0, 8.0, 8.0])
     """
-    boxes = [_box_of(each > threshold, pad) for each in probabilities]
+    boxes = [box_around(each > threshold, pad) for each in probabilities]
     ends = np.array([[(side.start, side.stop) for side in box] for box in boxes if box is not None])
     if not len(ends):
         ends = np.array([[(0, 1)] * 3])
@@ -779,8 +779,15 @@ def crop_to(
     return cut, shifted(affine, low)
 
 
-def _box_of(inside: NDArray[np.bool_], pad: int = 0) -> Box | None:
-    """Return the box around what is inside, widened, within the array."""
+def box_around(inside: NDArray[np.bool_], pad: int = 0) -> Box | None:
+    """Return the box around what is inside; ``None`` without any.
+
+    Parameters
+    ----------
+    inside : (X, Y, Z) bool array
+    pad
+        Voxels by which it is widened, within the array.
+    """
     boxes = ndimage.find_objects(inside.view(np.uint8))
     if not boxes:
         return None
@@ -817,7 +824,7 @@ def restore(
     """
     restored = np.zeros((len(probabilities), *shape), dtype=np.float32)
     for source, target in zip(probabilities, restored, strict=True):
-        box = _box_of(source != 0)
+        box = box_around(source != 0)
         if box is not None:
             own = shifted(affine, [side.start for side in box])
             _restore_one(source[box], np.linalg.inv(own) @ target_affine, target)

@@ -15,15 +15,12 @@ from fdl_bidsapp.models.fdl import ModelSpec
 from fdl_bidsapp.models.fourier import low_part
 from fdl_bidsapp.models.inference import autocast_dtype, other_low_parts
 from fdl_bidsapp.training.augment import random_warp, vary_intensity, warp
-from fdl_bidsapp.training.cases import Case
+from fdl_bidsapp.training.cases import BLOCK_MARGIN, Case
 
 Bank = Mapping[str, Sequence[Tensor]]
 Front = Callable[[Tensor], Tensor]
 IMAGE_ITSELF: Front = nn.Identity()
 """The front of a model that has no features."""
-
-BLOCK_MARGIN = 0.15
-"""Of the window's length: what a warp may fetch from beyond the window's faces."""
 
 
 def may_flip(labels: tuple[Label, ...]) -> bool:

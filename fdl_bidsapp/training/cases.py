@@ -38,6 +38,9 @@ from fdl_bidsapp.pipeline import ScanImages, read_scan, to_canvas
 
 Array = np.ndarray
 
+BLOCK_MARGIN = 0.15
+"""Of the window's length: what a warp may fetch from beyond the window's faces."""
+
 SPLITS = ("train", "validation", "test")
 
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c")
@@ -484,8 +487,8 @@ def _around_regions(
             centre = (to_canvas_voxel @ [*centre, 1])[:3]
         starts.append(None if centre is None else window_around(centre, shape, grid))
     corners = np.array([start for start in starts if start is not None])
-    # Windows are drawn anywhere that holds the structures, and bent beyond that.
-    room = np.ceil(0.65 * np.array(grid.shape)).astype(int)
+    # A window that still holds the middle lies half its length away at most.
+    room = np.ceil((0.5 + BLOCK_MARGIN) * np.array(grid.shape)).astype(int)
     low = np.maximum(corners.min(0) - room, 0)
     high = np.minimum(corners.max(0) + grid.shape + room, shape)
     part = [int(n) for n in high - low]
