@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdl_bidsapp.errors import ModelError
+from fdl_bidsapp.models.layers import TransposedConvolution3d, convolution_block
 
 
 class Backbone(Protocol):
@@ -28,60 +29,6 @@ class Backbone(Protocol):
     def features(self, x: Tensor) -> Tensor:
         """Take ``(B, C, X, Y, Z)`` to ``(B, feature_channels, X, Y, Z)``, for any grid."""
         ...
-
-
-class Convolution3d(nn.Conv3d):
-    """A convolution that is as fast for one volume on a processor as for two.
-
-    There PyTorch leaves a single volume of few voxels to a kernel that takes several times as long
-    as the one for batches. Such a volume is cut into two halves, which share the planes that the
-    kernel reads beyond the cut.
-
-    Examples
-    --------
-    >>> layer, x = Convolution3d(4, 2, 3, padding=1), torch.rand(1, 4, 7, 6, 5)
-    >>> torch.allclose(layer(x), nn.Conv3d.forward(layer, x), atol=1e-6)
-    True
-    """
-
-    SMALL = 20480
-    """Channels times the first two axes up to which PyTorch chooses that kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Take ``(B, C, X, Y, Z)`` to what :class:`torch.nn.Conv3d` gives."""
-        n = x.shape[2]
-        if (
-            x.device.type != "cpu"
-            or len(x) != 1
-            or self.kernel_size != (3, 3, 3)
-            or self.stride != (1, 1, 1)
-            or n < 4
-            or x.shape[1] * n * x.shape[3] > self.SMALL
-        ):
-            return super().forward(x)
-        half = (n + 1) // 2
-        y = super().forward(torch.cat([x[:, :, : half + 1], x[:, :, n - half - 1 :]]))
-        return torch.cat([y[:1, :, :half], y[1:, :, half + 1 - (n - half) :]], 2)
-
-
-def convolution_block(
-    in_channels: int, out_channels: int, stride: int = 1, dimensions: int = 3, width: int = 3
-) -> nn.Sequential:
-    """Make a convolution of odd width, an affine instance normalisation and a leaky ReLU.
-
-    Examples
-    --------
-    >>> convolution_block(2, 4)(torch.rand(1, 2, 5, 6, 7)).shape
-    torch.Size([1, 4, 5, 6, 7])
-    """
-    convolution = {2: nn.Conv2d, 3: Convolution3d}[dimensions]
-    return nn.Sequential(
-        convolution(in_channels, out_channels, width, stride, padding=width // 2, bias=False),
-        # With a channel a group this is instance normalisation. Unlike PyTorch's own, it leaves
-        # the channels innermost in memory, and saves the next convolution a copy.
-        nn.GroupNorm(out_channels, out_channels),
-        nn.LeakyReLU(0.01, inplace=True),
-    )
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -159,7 +106,7 @@ class UNet(nn.Module):
             )
         )
         upwards = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
-        transposed = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dimensions]
+        transposed = {2: nn.ConvTranspose2d, 3: TransposedConvolution3d}[dimensions]
         self.ups = nn.ModuleList(
             transposed(below, here, kernel_size=2, stride=2) for below, here in upwards
         )

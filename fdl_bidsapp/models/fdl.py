@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from fdl_bidsapp.errors import ModelError
 from fdl_bidsapp.imaging.confidence import Calibration
 from fdl_bidsapp.labels import Label, by_abbreviation
-from fdl_bidsapp.models.backbones import Backbone, convolution_block, make_backbone
+from fdl_bidsapp.models.backbones import Backbone, make_backbone
 from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec, FrozenFeatures
 from fdl_bidsapp.models.fourier import SPECTRA, place, split
+from fdl_bidsapp.models.layers import Convolution3d, convolution_block
 
 CONTRASTS = ("qsm", "r2star", "imag", "swi")
 INTENSITY_SCHEMES = ("minmax", "robust", "rate")
@@ -313,7 +314,7 @@ class Unsplit(FusionNetwork):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec, spec.image_channels)
-        self.head = nn.Conv3d(self.feature_channels, self.classes, 1)
+        self.head = Convolution3d(self.feature_channels, self.classes, 1)
 
     def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
         """See :meth:`FusionNetwork.forward`."""
@@ -327,7 +328,7 @@ class EarlyFusion(FusionNetwork):
         super().__init__(spec, spec.fusion_channels)
         self.conv_h = convolution_block(spec.image_channels, spec.fusion_channels)
         self.conv_l = convolution_block(spec.image_channels, spec.fusion_channels)
-        self.head = nn.Conv3d(self.feature_channels, self.classes, 1)
+        self.head = Convolution3d(self.feature_channels, self.classes, 1)
 
     def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
         """See :meth:`FusionNetwork.forward`."""
@@ -346,7 +347,7 @@ class LateFusion(FusionNetwork):
         # The backbone has seen each voxel's surroundings: what is joined is weighed voxel by voxel.
         self.head = nn.Sequential(
             convolution_block(2 * self.feature_channels, self.feature_channels, width=1),
-            nn.Conv3d(self.feature_channels, self.classes, 1),
+            Convolution3d(self.feature_channels, self.classes, 1),
         )
 
     def forward(self, target: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:

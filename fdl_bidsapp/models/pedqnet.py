@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fdl_bidsapp.errors import ModelError
 from fdl_bidsapp.models.backbones import BACKBONES, Backbone
+from fdl_bidsapp.models.layers import Convolution3d
 from fdl_bidsapp.physics.dipole import dipole_kernel
 
 Array = np.ndarray
@@ -100,7 +101,7 @@ class VolumeNetwork(nn.Module):
                 f"the backbone {spec.backbone} does not take its options ({error})",
                 "use the options of this backbone",
             ) from error
-        self.last = nn.Conv3d(channels, 1, 1)
+        self.last = Convolution3d(channels, 1, 1)
         # Nothing known is no susceptibility.
         nn.init.zeros_(self.last.weight)
         assert self.last.bias is not None

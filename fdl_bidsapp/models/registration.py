@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdl_bidsapp.models.backbones import UNet, convolution_block
+from fdl_bidsapp.models.backbones import UNet
+from fdl_bidsapp.models.layers import convolution_block
 
 
 class RegistrationNetwork(nn.Module):

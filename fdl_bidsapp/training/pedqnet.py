@@ -16,6 +16,7 @@ from fdl_bidsapp.errors import UsageError
 from fdl_bidsapp.models.backbones import BACKBONES, Backbone
 from fdl_bidsapp.models.bundle import save_volume
 from fdl_bidsapp.models.inference import resolve_device
+from fdl_bidsapp.models.layers import Convolution3d
 from fdl_bidsapp.models.pedqnet import (
     VolumeNetwork,
     VolumeSpec,
@@ -151,7 +152,7 @@ class Segmenter(nn.Module):
         if settings.segmenter == "unetr":
             options.setdefault("grid", "x".join(map(str, settings.grid_shape)))
         self.backbone = BACKBONES[settings.segmenter](1, **options)
-        self.last = nn.Conv3d(cast(Backbone, self.backbone).feature_channels, CLASSES, 1)
+        self.last = Convolution3d(cast(Backbone, self.backbone).feature_channels, CLASSES, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Take ``(B, 1, X, Y, Z)`` to ``(B, classes, X, Y, Z)``."""
