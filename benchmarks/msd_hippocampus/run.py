@@ -1,6 +1,6 @@
 """Run the grids on the MSD hippocampus crops, and put their results into ``benchmarks/results``.
 
-    python benchmarks/msd_hippocampus/run.py TABLES OUT [--grids strong paper released] \
+    python benchmarks/msd_hippocampus/run.py TABLES OUT [--grids paper paper-all released strong] \
         [--folds 3] [--jobs 2] [--max-minutes 60]
 
 ``TABLES`` is from ``tables.py``. Fold by fold, each grid is trained on the training participants
@@ -24,6 +24,7 @@ from fdl_bidsapp.training.experiment import make_experiment, run_experiment
 from fdl_bidsapp.training.fit import read_toml
 
 HERE = Path(__file__).parent
+GRIDS = ["paper", "paper-all", "released", "strong"]
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--grids", nargs="+", default=["strong", "paper", "released"])
+    parser.add_argument("--grids", nargs="+", default=GRIDS)
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--max-minutes", type=float, default=float("inf"))
@@ -46,22 +47,28 @@ def main() -> None:
             values["table"] = str(options.tables / f"fold-{fold}.tsv")
             values["grid"]["seed"] = [fold]
             run_experiment(
-                unfinished(make_experiment(values), f"msd_{grid}"),
-                options.out / grid / f"fold-{fold}",
+                unfinished(make_experiment(values), f"msd_{table_of(grid)}"),
+                options.out / table_of(grid) / grid / f"fold-{fold}",
                 jobs=options.jobs,
                 max_minutes=max(left, 0),
                 progress=lambda line, fold=fold, grid=grid: print(f"{grid}, fold {fold}: {line}"),
             )
-    for grid in options.grids:
-        values = read_toml(HERE / f"{grid}.toml")
+    for table in dict.fromkeys(map(table_of, options.grids)):
+        values = read_toml(HERE / f"{table}.toml")
+        grids = " ".join(grid for grid in GRIDS if table_of(grid) == table)
         gather(
-            f"msd_{grid}",
-            options.out / grid,
+            f"msd_{table}",
+            options.out / table,
             tuple(dict.fromkeys([*values["grid"], "seed"])),
-            f"python benchmarks/msd_hippocampus/run.py TABLES OUT --grids {grid}",
+            f"python benchmarks/msd_hippocampus/run.py TABLES OUT --grids {grids}",
             options.published,
             values.get("published", {}),
         )
+
+
+def table_of(grid: str) -> str:
+    """Name the table of a grid: all crops and few crops come into one."""
+    return grid.removesuffix("-all")
 
 
 if __name__ == "__main__":

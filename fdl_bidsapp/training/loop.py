@@ -207,7 +207,7 @@ def _keep_freed_memory() -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if set_option is not None:
         # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h.
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
+        for option, value in ((-4, 0), (-1, -1), (-2, 2**28)):
             set_option(option, value)
 
 
