@@ -146,9 +146,8 @@ def main() -> None:
     started = time.time()
     spec = specification(options.width)
     folder = options.output.with_suffix(".run")
-    with kept_memory():
-        locator = train_locator(spec, heads, folder, options)
-        parts = train_parts(spec, regions, folder, options)
+    locator = train_locator(spec, heads, folder, options)
+    parts = train_parts(spec, regions, folder, options)
     provenance = {
         "data": described(regions, options.heads),
         "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; five phases",

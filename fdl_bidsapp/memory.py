@@ -28,7 +28,7 @@ def kept_memory() -> Iterator[None]:
     known = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
     if known:
         library.mallopt(_MMAP_THRESHOLD, 2**30)
-        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(_TRIM_THRESHOLD, -1)
     try:
         yield
     finally:

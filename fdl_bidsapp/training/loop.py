@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fdl_bidsapp.errors import DataError, StorageError
+from fdl_bidsapp.memory import kept_memory
 from fdl_bidsapp.models.inference import autocast_dtype
 
 LOG_EVERY = 25
@@ -157,8 +156,6 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     network.to(device).train()
-    if device.type == "cpu":
-        _keep_freed_memory()
     state = _State(network, schedule, folder / "checkpoint.pt", dict(configuration or {}))
     state.resume(device)
     dtype = autocast_dtype(device) if schedule.mixed_precision else None
@@ -166,7 +163,7 @@ def train(
     started = saved = time.monotonic() - state.spent
     rate = schedule.learning_rate
     # The next batch is drawn while the network works on this one.
-    with _progress_bar() as bar, ThreadPoolExecutor(1) as ahead:
+    with kept_memory(), _progress_bar() as bar, ThreadPoolExecutor(1) as ahead:
         following: Future[tuple[Tensor, ...]] | None = None
         while True:
             state.spent = time.monotonic() - started
@@ -196,19 +193,6 @@ def train(
                 outputs = network(image, others)
             log.add(state.advance(loss(outputs, classes), rate))
             bar.update(0)
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next step.
-
-    Arrays of some megabytes are given back to the system otherwise, which clears and maps them page
-    by page when they are asked for again: a tenth of a step and more.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if set_option is not None:
-        # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h.
-        for option, value in ((-4, 0), (-1, -1), (-2, 2**28)):
-            set_option(option, value)
 
 
 class _State:
