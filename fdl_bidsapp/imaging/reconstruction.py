@@ -34,7 +34,7 @@ INVERSIONS = {
 SWI_PHASE_TIME = 0.060
 """Tesla seconds: B0 TE of the echo that SWI is made of, 20 ms at 3 T; the nearest is taken."""
 
-WEAK_SIGN = 0.005
+WEAK_SIGN = 0.02
 """ppm; below it, the contrast that tells the sign of the phase may be chance."""
 
 REFERENCES = {
@@ -263,7 +263,8 @@ def _sign(
     direction: Array,
 ) -> tuple[int, float]:
     rough = thresholded_division(local, inside, spacing.tolist(), direction)
-    return sign_of_field(rough, -echoes.magnitude[..., 0] if decay is None else decay, inside)
+    fast = -echoes.magnitude[..., 0] if decay is None else decay
+    return sign_of_field(rough, fast, inside, spacing.tolist())
 
 
 def _check_brain(mask: Array, spacing: Array, where: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import scipy.ndimage as ndi
 
 from fdl_bidsapp.errors import DataError
 
@@ -19,6 +22,9 @@ OUTER_BAND = 1 / 32
 
 OUTER_SHARE = 0.002
 """Least share of voxels in either band of wrapped phase, of which some is everywhere."""
+
+DEEP = 0.2
+"""Share of a mask that counts as its depth: in an adult all 15 mm and more below its surface."""
 
 LONGEST_RADIANS = 1000.0
 """Wider ranges are no radians, whatever a sidecar says."""
@@ -90,7 +96,9 @@ def phase_to_radians(phase: Array, unit: str = "") -> tuple[Array, str]:
     )
 
 
-def sign_of_field(susceptibility: Array, r2star: Array, mask: Array) -> tuple[int, float]:
+def sign_of_field(
+    susceptibility: Array, r2star: Array, mask: Array, spacing: Sequence[float]
+) -> tuple[int, float]:
     """Tell from a first susceptibility map whether the field has to be turned round.
 
     Parameters
@@ -98,23 +106,29 @@ def sign_of_field(susceptibility: Array, r2star: Array, mask: Array) -> tuple[in
     susceptibility, r2star : (X, Y, Z) arrays
         ppm and 1/s.
     mask : (X, Y, Z) bool array
-        Brain without its rim, where residues of the background field would mislead.
+        Where both are known.
+    spacing
+        Voxel size in mm.
 
     Returns
     -------
     sign : int
         1 where the map's sign is right, -1 where it is not.
     contrast : float
-        Susceptibility of the voxels of fastest decay above that of the others, ppm; its absolute
-        value is the evidence.
+        Susceptibility of the voxels of fastest decay above that of the others, ppm, in the depth of
+        the mask; its absolute value is the evidence.
 
     Notes
     -----
     Vendors differ in the sense in which phase turns. Iron and deoxygenated blood decide: where
-    R2* is highest they are what the brain holds, and both are paramagnetic.
+    R2* is highest they are what the brain holds, and both are paramagnetic. Only the deepest part
+    of the mask is asked: near its surface signal decays fast for other reasons, and what is left of
+    the background's field, which has either sign, is larger than iron's.
     """
-    fast = mask & (r2star > np.percentile(r2star[mask], 98))
+    depth = ndi.distance_transform_edt(np.pad(mask, 1), sampling=spacing)[1:-1, 1:-1, 1:-1]
+    deep = mask & (depth >= np.quantile(depth[mask], 1 - DEEP))
+    fast = deep & (r2star > np.percentile(r2star[deep], 98))
     if not fast.any():
         return 1, 0.0
-    contrast = float(susceptibility[fast].mean() - np.median(susceptibility[mask]))
+    contrast = float(susceptibility[fast].mean() - np.median(susceptibility[deep]))
     return (-1 if contrast < 0 else 1), contrast

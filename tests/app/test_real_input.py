@@ -63,6 +63,25 @@ def test_real_raw_echoes_go_through_participant_and_group(raw_echoes, make_model
     assert {row["status"] for row in study.group()} == {"ok"}
 
 
+def test_iron_of_the_real_head_is_paramagnetic(raw_echoes):
+    from fdl_bidsapp.imaging.reconstruction import RawEchoes, reconstruct
+
+    files = [f"echo-{echo}_part-{part}_MEGRE" for part in ("mag", "phase") for echo in (1, 2)]
+    images = [nib.load(raw_echoes.path("01", f"{file}.nii.gz")) for file in files]
+    first, second, *phases = (image.get_fdata(dtype=np.float32) for image in images)
+    magnitude, phase = np.stack([first, second], -1), np.stack(phases, -1)
+    for turned in (1, -1):
+        made = reconstruct(
+            RawEchoes(magnitude, turned * phase, images[0].affine, (0.0023, 0.0046), 3.0), "tkd"
+        )
+        assert made.parameters["PhaseSign"] == turned
+        # Putamen and pallidum of both sides, as they are seen in the picture.
+        nuclei = np.concatenate(
+            [made.maps["qsm"][part, 42:47, 28] for part in (slice(33, 37), slice(43, 47))]
+        )
+        assert nuclei.mean() > 0.03
+
+
 def test_r2star_of_the_real_head_is_physiological(raw_echoes):
     from fdl_bidsapp.bids.inputs import find_scans
     from fdl_bidsapp.imaging.grid import foreground
