@@ -5,9 +5,10 @@ The Nipype interfaces and the toolbox command both are thin shells around these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -447,34 +448,79 @@ def _segment_located(
     assert network.locator is not None
     located = _located(images[canvas.target], canvas.target, affine, spec, network.locator, device)
     pieces: list[tuple[Array, Corner]] = []
-    for region, (centre, positions) in enumerate(zip(located, spec.windows, strict=True)):
-        if centre is None or not positions:
+    for region, (places, positions) in enumerate(zip(located, spec.windows, strict=True)):
+        if not positions:
             continue
-        wanted = [spec.labels[k] for k in positions]
-        looks: dict[Corner, tuple[int, Array]] = {}
-        start = window_around(centre, shape, grid)
-        while start not in looks and len(looks) < LOOKS:
-            place = shifted(affine, start)
-            cut = {name: conform(image, grid.shape, place) for name, image in images.items()}
-            window = _window(cut, canvas.target, bundle, network, device, flips, region)
-            # What a window shows of another region is seen better in that one's own.
-            window[[k for k in range(len(spec.labels)) if k not in positions]] = 0
-            labelled, _ = largest_components(label_map(window[list(positions)], wanted), wanted)
-            found = np.stack([labelled == label.index for label in wanted])
-            looks[start] = (int(found.any((1, 2, 3)).sum()), window)
-            if not found.any() or complete(found, start, box, grid):
+        look = partial(
+            _look, images, affine, canvas.target, bundle, network, device, flips, region, positions
+        )
+        best: Look | None = None
+        for centre in places:
+            seen = _settled(look, window_around(centre, shape, grid), shape, box, grid)
+            if best is None or seen.shown > best.shown:
+                best = seen
+            if best.shown == len(positions):
                 break
-            # The structures found say better than the locator where the window belongs.
-            centre = middle(labelled > 0)
-            assert centre is not None
-            start = window_around(centre + start, shape, grid)
-        # The last of those that show most.
-        most = max(n for n, _ in looks.values())
-        pieces.append([(window, at) for at, (n, window) in looks.items() if n == most][-1])
+        if best is not None:
+            pieces.append((best.probabilities, best.start))
     if not pieces:
         return np.zeros((len(spec.labels), 1, 1, 1), np.float32), affine
     joined, corner = _joined(pieces)
     return crop_to(joined, shifted(affine, corner))
+
+
+@dataclass(frozen=True)
+class Look:
+    """One window: its corner, what it gives for each structure, and where it shows those wanted."""
+
+    start: Corner
+    probabilities: Array
+    found: Array
+
+    @property
+    def shown(self) -> int:
+        """How many of the structures that are wanted it shows."""
+        return int(self.found.any((1, 2, 3)).sum())
+
+
+def _look(
+    images: Mapping[str, nib.Nifti1Image],
+    affine: Array,
+    target: str,
+    bundle: Bundle,
+    network: FusionNetwork,
+    device: torch.device,
+    flips: bool,
+    region: int,
+    positions: Sequence[int],
+    start: Corner,
+) -> Look:
+    """Segment the structures of one region in one window of a canvas."""
+    spec = bundle.spec
+    place = shifted(affine, start)
+    cut = {name: conform(image, spec.grid_shape, place) for name, image in images.items()}
+    window = _window(cut, target, bundle, network, device, flips, region)
+    # What a window shows of another region is seen better in that one's own.
+    window[[k for k in range(len(spec.labels)) if k not in positions]] = 0
+    wanted = [spec.labels[k] for k in positions]
+    labelled, _ = largest_components(label_map(window[list(positions)], wanted), wanted)
+    return Look(start, window, np.stack([labelled == label.index for label in wanted]))
+
+
+def _settled(
+    look: Callable[[Corner], Look], start: Corner, shape: Sequence[int], box: Box, grid: Grid
+) -> Look:
+    """Place a window, and again by what it shows; return the last of those that show most."""
+    looks: dict[Corner, Look] = {}
+    while start not in looks and len(looks) < LOOKS:
+        looks[start] = seen = look(start)
+        # The structures found say better than the locator where the window belongs.
+        centre = middle(np.asarray(seen.found.any(0)))
+        if centre is None or complete(seen.found, start, box, grid):
+            break
+        start = window_around(centre + start, shape, grid)
+    most = max(seen.shown for seen in looks.values())
+    return [seen for seen in looks.values() if seen.shown == most][-1]
 
 
 def _located(
@@ -484,8 +530,8 @@ def _located(
     spec: ModelSpec,
     locator: FusionNetwork,
     device: torch.device,
-) -> list[Array | None]:
-    """Return the centre of each region of nuclei in voxels of a canvas with that affine."""
+) -> list[list[Array]]:
+    """Return where each region of nuclei may be, in voxels of a canvas with that affine."""
     from fdl_bidsapp.models.inference import locate
 
     assert spec.locator is not None
@@ -495,8 +541,8 @@ def _located(
     data = normalise(seen, spec.locator.intensity[target])
     to_canvas_voxel = np.linalg.inv(affine) @ coarse_affine
     return [
-        None if centre is None else np.asarray((to_canvas_voxel @ [*centre, 1])[:3])
-        for centre in locate(locator, data, device)
+        [(to_canvas_voxel @ [*place, 1])[:3] for place in places]
+        for places in locate(locator, data, coarse.spacing, device)
     ]
 
 

@@ -215,7 +215,7 @@ def located(monkeypatch, blob_model):
     network.locator = nn.Identity()
 
     def run(
-        canvas: Canvas, *centres: tuple[float, float, float] | None, regions: tuple = ()
+        canvas: Canvas, *centres: tuple[float, float, float] | list | None, regions: tuple = ()
     ) -> tuple[int, tuple]:
         from fdl_bidsapp import pipeline
         from fdl_bidsapp.models import inference
@@ -227,7 +227,8 @@ def located(monkeypatch, blob_model):
             seen.append(1)
             return predict(*arguments, **options)  # type: ignore[arg-type]
 
-        where = [None if centre is None else np.array(centre) for centre in centres]
+        places = [centre if isinstance(centre, list) else [centre] for centre in centres]
+        where = [[np.array(place) for place in each if place is not None] for each in places]
         monkeypatch.setattr(pipeline, "_located", lambda *_: where)
         monkeypatch.setattr(inference, "predict", counted)
         coarse = replace(
@@ -328,6 +329,17 @@ def test_a_window_that_finds_no_rest_is_given_up(located, blobs, monkeypatch):
     monkeypatch.setattr(pipeline, "complete", lambda *_: False)
     looks, _ = located(canvas_of(data, [], []), (12, 15, 16))
     assert looks == pipeline.LOOKS
+
+
+def test_the_next_place_is_tried_where_the_likeliest_does_not_show_all(located, blobs):
+    data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
+    canvas = canvas_of(data, [], [])
+    looks, found = located(canvas, [(52, 15, 16), (12, 15, 16), (30, 15, 16)])
+    assert looks == 2
+    assert centres(*found) == [[5, 16, 16], [16, 16, 16]]
+    # One that shows less does not take the place of the one before.
+    _, found = located(canvas, [(12, 15, 16), (52, 15, 16)], regions=())
+    assert centres(*found) == [[5, 16, 16], [16, 16, 16]]
 
 
 def test_a_region_of_which_nothing_is_wanted_is_not_looked_at(located, blobs):

@@ -15,9 +15,21 @@ from fdl_bidsapp.labels import mirrored
 from fdl_bidsapp.models.fdl import FusionNetwork, ModelSpec
 from fdl_bidsapp.models.fourier import low_part
 
+Place = tuple[float, float, float]
+
 DEVICES = ("auto", "cpu", "cuda")
 LOCATED = 0.3
 """Least probability of a region of nuclei; a doubtful place is better tried than left."""
+
+SPREAD_MM = 8.0
+"""Standard deviation to which a region's probabilities are smoothed, half the radius of the balls
+that locators learn: whatever else is joined to such a ball does not move its peak far."""
+
+APART_MM = 24.0
+"""Distance from which two peaks are two places."""
+
+DOUBTFUL = 0.7
+"""How high another peak is at least, beside the highest, to be a place as well."""
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -135,8 +147,11 @@ def predict(
 
 @torch.inference_mode()
 def locate(
-    network: FusionNetwork, image: NDArray[np.float32], device: torch.device
-) -> list[tuple[float, float, float] | None]:
+    network: FusionNetwork,
+    image: NDArray[np.float32],
+    spacing: Sequence[float],
+    device: torch.device,
+) -> list[list[Place]]:
     """Find the regions of the nuclei in a whole field of view.
 
     Parameters
@@ -145,29 +160,41 @@ def locate(
         A locator in evaluation mode, on ``device``.
     image : (X, Y, Z) float array
         Normalised, at the locator's spacing, of any shape.
+    spacing
+        Voxel size in mm.
     device
         Where to compute.
 
     Returns
     -------
-    list of (x, y, z) or None
-        Centre of each region in voxels; ``None`` where there is none.
+    list of lists of (x, y, z)
+        For each region its centre in voxels, the likeliest first; empty where there is none.
     """
     volume = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).to(device)
     dtype = autocast_dtype(device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         (logits,) = network(volume[None, None])
-    return [_centre(inside) for inside in logits[0].float().softmax(0)[1:].cpu().numpy()]
+    sizes = np.asarray(spacing, float)
+    return [_places(inside, sizes) for inside in logits[0].float().softmax(0)[1:].cpu().numpy()]
 
 
-def _centre(inside: NDArray[np.float32]) -> tuple[float, float, float] | None:
-    """Return the middle of the heaviest piece of a region's probabilities."""
-    parts, n = ndimage.label(inside > LOCATED)
-    if not n:
-        return None
-    weights = ndimage.sum_labels(inside, parts, range(1, n + 1))
-    x, y, z = ndimage.center_of_mass(inside, parts, int(np.argmax(weights)) + 1)
-    return float(x), float(y), float(z)
+def _places(inside: NDArray[np.float32], spacing: NDArray[np.float64]) -> list[Place]:
+    """Return the middles of the probabilities around their peaks, the highest peak first."""
+    likely = np.where(inside > LOCATED, inside, 0)
+    if not likely.any():
+        return []
+    smooth = ndimage.gaussian_filter(likely, SPREAD_MM / spacing, mode="constant")
+    reach = 2 * np.ceil(APART_MM / spacing).astype(int) - 1
+    peaks = (smooth == ndimage.maximum_filter(smooth, reach)) & (smooth > DOUBTFUL * smooth.max())
+    grid = np.indices(inside.shape)
+    places = []
+    for peak in sorted(np.argwhere(peaks), key=lambda at: -smooth[tuple(at)]):
+        distance = np.linalg.norm((grid - peak[:, None, None, None]).T * spacing, axis=-1).T
+        around = np.where(distance < APART_MM, likely, 0)
+        if around.any():
+            x, y, z = ndimage.center_of_mass(around)
+            places.append((float(x), float(y), float(z)))
+    return places
 
 
 def _volume(image: NDArray[np.float32], spec: ModelSpec, device: torch.device) -> Tensor:
