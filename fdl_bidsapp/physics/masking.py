@@ -9,12 +9,15 @@ import scipy.ndimage as ndi
 
 Array = np.ndarray
 
-BRIDGES = (3.5, 5.0, 7.0, 9.0, 12.0, 15.0)
-"""mm: half the width of what may join brain and scalp (vessels, nerves, bone that is not dark at a
-short echo time); the least that parts the two is taken."""
+BRIDGES = (3.5, 5.0, 7.0, 9.0, 12.0, 15.0, 18.0, 21.0)
+"""mm: half the width of what may join brain and scalp, face or neck (vessels, nerves, bone that is
+not dark at a short echo time); the least that parts them is taken."""
+
+CORNERS = 0.025
+"""Share of the volume that the next width may take where nothing is joined any more."""
 
 LARGEST_BRAIN = 1900.0
-"""ml; what is larger is brain and scalp in one."""
+"""ml; what is larger is brain and scalp in one, unless no bridge parts it."""
 
 LARGEST_HOLE = 5.0
 """ml; dark vessels and nuclei are smaller, and bone is larger."""
@@ -62,29 +65,35 @@ def brain_mask(magnitude: Array, spacing: Sequence[float]) -> Array:
     even = _evened(image, head, sizes)
     bright = even > 0.5 * np.median(even[head])
     bright = _without_small_holes(bright & ndi.binary_dilation(head, iterations=2), sizes)
-    depth = ndi.distance_transform_edt(bright, sampling=sizes)
+    found = _parted(bright, _bridge(bright, sizes), sizes)
+    return ndi.binary_fill_holes(_largest(_closed(found, 3.0, sizes))) if found.any() else found
 
-    def whole(grown: Array) -> Array:
-        return ndi.binary_fill_holes(_largest(_closed(grown, 3.0, sizes)))
 
-    def too_large(mask: Array) -> bool:
-        return bool(mask.sum() * np.prod(sizes) / 1000 >= LARGEST_BRAIN)
+def _parted(bright: Array, bridge: float, sizes: Array) -> Array:
+    """Return the largest part of a mask that no more than a bridge joins to the rest."""
+    core = _largest(ndi.distance_transform_edt(bright, sampling=sizes) > bridge)
+    if not core.any():
+        return core
+    reach = ndi.distance_transform_edt(~core, sampling=sizes)
+    grown = _largest(bright & (reach <= bridge + float(sizes.max()) / 2))
+    return np.asarray(ndi.binary_fill_holes(grown))
 
-    found = grown = np.zeros(image.shape, bool)
+
+def _bridge(bright: Array, sizes: Array) -> float:
+    """Choose the width of bridges, on voxels of some 2 mm, which are enough for that."""
+    every = np.maximum(1, np.floor(2.0 / sizes).astype(int))
+    coarse = bright[tuple(slice(None, None, n) for n in every)]
+    volumes: list[float] = []
+    flat: list[float] = []
     for bridge in BRIDGES:
-        core = _largest(depth > bridge)
-        if not core.any():
-            break
-        reach = ndi.distance_transform_edt(~core, sampling=sizes)
-        grown = bright & (reach <= bridge + float(sizes.max()) / 2)
-        # Closing only adds, and is the dearest step.
-        if too_large(ndi.binary_fill_holes(_largest(grown))):
-            found = np.zeros(image.shape, bool)
-            continue
-        found = whole(grown)
-        if not too_large(found):
-            break
-    return found if found.any() or not grown.any() else whole(grown)
+        parted = _parted(coarse, bridge, sizes * every)
+        volumes.append(float(parted.sum() * np.prod(sizes * every) / 1000))
+        # What parts the last muscle from the brain takes a lot; after it only corners go.
+        if len(volumes) > 1 and volumes[-1] > (1 - CORNERS) * volumes[-2]:
+            flat.append(BRIDGES[len(volumes) - 2])
+            if volumes[-2] < LARGEST_BRAIN:
+                return flat[-1]
+    return flat[0] if flat else BRIDGES[0]
 
 
 def _otsu(image: Array) -> float:

@@ -80,6 +80,8 @@ def test_iron_of_the_real_head_is_paramagnetic(raw_echoes):
             [made.maps["qsm"][part, 42:47, 28] for part in (slice(33, 37), slice(43, 47))]
         )
         assert nuclei.mean() > 0.03
+        # Neither face nor neck: a brain of 1.3 to 1.7 litres, less its rim.
+        assert 1100 < made.mask.sum() * 0.027 < 1700
 
 
 def test_r2star_of_the_real_head_is_physiological(raw_echoes):

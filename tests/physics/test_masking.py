@@ -18,8 +18,12 @@ def head(shape, spacing):
     # A nerve from the brain to the scalp.
     magnitude[(np.hypot(x, z + 10) < 2.5) & (y > 40) & (y < 75)] = 0.9
     magnitude *= 1 + 0.5 * x / 70
-    noise = np.random.default_rng(0).normal(0, 0.02, (2, *shape))
-    return np.hypot(magnitude + noise[0], noise[1]).astype(np.float32), brain
+    return noisy(magnitude), brain
+
+
+def noisy(magnitude):
+    noise = np.random.default_rng(0).normal(0, 0.02, (2, *magnitude.shape))
+    return np.hypot(magnitude + noise[0], noise[1]).astype(np.float32)
 
 
 @pytest.mark.parametrize("spacing", [(3.0, 3.0, 3.0), (2.0, 2.0, 5.0)])
@@ -28,6 +32,29 @@ def test_the_brain_is_found_in_the_magnitude(spacing):
     magnitude, brain = head(shape, spacing)
     found = brain_mask(magnitude, spacing)
     assert 2 * (found & brain).sum() / (found.sum() + brain.sum()) > 0.95
+
+
+def test_muscle_that_hangs_on_the_brain_is_no_brain():
+    # It is bright, and joined to the brain more widely than any nerve.
+    spacing = (3.0, 3.0, 3.0)
+    x, y, z = np.meshgrid(*((np.arange(n) - 30.0) * 3 for n in (60, 60, 76)), indexing="ij")
+    brain = np.sqrt(x**2 + (y / 1.2) ** 2 + z**2) < 66
+    neck = (np.hypot(x, y) < 65) & (z > 75) & (z < 125)
+    joined = (np.hypot(x, y) < 15) & (z > 0) & (z < 90)
+    assert (brain | neck).sum() * 0.027 > 1900
+    found = brain_mask(noisy(np.where(brain | neck | joined, 1.0, 0.0)), spacing)
+    assert (found & neck).sum() < 0.1 * neck.sum()
+    assert (found & brain).sum() > 0.97 * brain.sum()
+
+
+def test_a_large_brain_stays_whole():
+    x, y, z = np.meshgrid(*((np.arange(n) - n / 2) * 3 for n in (60, 66, 60)), indexing="ij")
+    brain = np.sqrt(x**2 + (y / 1.2) ** 2 + z**2) < 74
+    # The tips of its temporal lobes.
+    brain |= (np.hypot(x - 40, z + 50) < 18) & (np.abs(y) < 40)
+    assert brain.sum() * 0.027 > 1900
+    found = brain_mask(noisy(np.where(brain, 1.0, 0.0)), (3.0, 3.0, 3.0))
+    assert 0.99 * brain.sum() < (found & brain).sum() <= found.sum() < 1.02 * brain.sum()
 
 
 def test_the_unit_of_the_magnitude_does_not_matter():
