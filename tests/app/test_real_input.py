@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from fdl_bidsapp.labels import nuclei
 from fdl_bidsapp.models.bundle import shipped_models
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -61,6 +62,23 @@ def test_real_raw_echoes_go_through_participant_and_group(raw_echoes, make_model
         "swi": "reconstruction",
     }
     assert {row["status"] for row in study.group()} == {"ok"}
+
+
+@pytest.mark.skipif("default" not in shipped_models(), reason="no default model yet")
+def test_the_default_model_finds_the_nuclei_of_the_real_head(raw_echoes):
+    """A quality far below what it is for: 3 mm, two early echoes. Places are as seen by eye."""
+    raw_echoes.model = "default"
+    assert raw_echoes.run("participant") == 0
+    labels = np.asarray(raw_echoes.labels("01").dataobj)
+    for label in nuclei():
+        x, y, z = np.argwhere(labels == label.index).mean(0)
+        assert (x < 40) == (label.hemisphere == "L")
+        if label.structure == "dentate_nucleus":
+            assert 22 < y < 30
+            assert 12 < z < 18
+        else:
+            assert 32 < y < 42
+            assert 21 < z < 28
 
 
 def test_iron_of_the_real_head_is_paramagnetic(raw_echoes):
