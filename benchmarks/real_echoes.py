@@ -3,7 +3,8 @@
     python benchmarks/real_echoes.py ROMEO_SMALL DCM_QA_PHILIPS_ENH OUT
 
 ``ROMEO_SMALL`` is the folder ``test/data/small`` of ROMEO.jl (a crop within a brain at high
-resolution; its echo times are written nowhere, 4, 8 and 12 ms are what its own examples take),
+resolution; neither its echo times nor its field strength are written anywhere: 4, 8 and 12 ms are
+what its own examples take, 7 T is where brain has the R2* that follows, which rests on them),
 ``DCM_QA_PHILIPS_ENH`` the folder ``Ref`` of the repository of that name (a head, two echoes, 3 mm).
 Neighbours are torn where the phase between them steps by more than half a turn within the shortest
 echo spacing: in the phase as measured, and in the field that the chain made of it. Writes a picture
@@ -117,9 +118,9 @@ def measured(echoes: RawEchoes, field: Array, mask: Array, decay: Array) -> dict
     """Return shares of torn neighbours and what R2* is in the mask."""
     phase = phase_to_radians(echoes.phase, echoes.phase_unit)[0]
     spacing = min(np.diff(echoes.echo_times))
-    turns = field * 2 * np.pi * GAMMA_BAR * echoes.field_strength * spacing
+    radians = field * 2 * np.pi * GAMMA_BAR * echoes.field_strength * spacing
     lower, middle, upper = np.percentile(decay[mask], [5, 50, 95])
-    field_torn = torn(turns, mask)
+    field_torn = torn(radians, mask)
     return {
         "echoes": len(echoes.echo_times),
         "mask_ml": np.count_nonzero(mask) * abs(np.linalg.det(echoes.affine[:3, :3])) / 1000,

@@ -337,9 +337,11 @@ def test_the_next_place_is_tried_where_the_likeliest_does_not_show_all(located, 
     looks, found = located(canvas, [(52, 15, 16), (12, 15, 16), (30, 15, 16)])
     assert looks == 2
     assert centres(*found) == [[5, 16, 16], [16, 16, 16]]
-    # One that shows less does not take the place of the one before.
-    _, found = located(canvas, [(12, 15, 16), (52, 15, 16)], regions=())
-    assert centres(*found) == [[5, 16, 16], [16, 16, 16]]
+    # One that shows no more does not take the place of the one before.
+    data = blobs(bright=(10, 16, 16), dark=(52, 16, 16)).data("qsm", (64, 32, 32))
+    looks, (probabilities, _) = located(canvas_of(data, [], []), [(14, 15, 16), (48, 15, 16)])
+    assert looks > 1
+    assert [bool((each > 0.5).any()) for each in probabilities] == [True, False]
 
 
 def test_a_region_of_which_nothing_is_wanted_is_not_looked_at(located, blobs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import scipy.ndimage as ndi
@@ -65,13 +66,14 @@ def brain_mask(magnitude: Array, spacing: Sequence[float]) -> Array:
     even = _evened(image, head, sizes)
     bright = even > 0.5 * np.median(even[head])
     bright = _without_small_holes(bright & ndi.binary_dilation(head, iterations=2), sizes)
-    found = _parted(bright, _bridge(bright, sizes), sizes)
+    depth = ndi.distance_transform_edt(bright, sampling=sizes)
+    found = _parted(bright, depth, _bridge(bright, sizes), sizes)
     return ndi.binary_fill_holes(_largest(_closed(found, 3.0, sizes))) if found.any() else found
 
 
-def _parted(bright: Array, bridge: float, sizes: Array) -> Array:
-    """Return the largest part of a mask that no more than a bridge joins to the rest."""
-    core = _largest(ndi.distance_transform_edt(bright, sampling=sizes) > bridge)
+def _parted(bright: Array, depth: Array, bridge: float, sizes: Array) -> Array:
+    """Return the largest part of a mask, of known depth, that only a bridge joins to the rest."""
+    core = _largest(depth > bridge)
     if not core.any():
         return core
     reach = ndi.distance_transform_edt(~core, sampling=sizes)
@@ -82,18 +84,19 @@ def _parted(bright: Array, bridge: float, sizes: Array) -> Array:
 def _bridge(bright: Array, sizes: Array) -> float:
     """Choose the width of bridges, on voxels of some 2 mm, which are enough for that."""
     every = np.maximum(1, np.floor(2.0 / sizes).astype(int))
-    coarse = bright[tuple(slice(None, None, n) for n in every)]
-    volumes: list[float] = []
-    flat: list[float] = []
-    for bridge in BRIDGES:
-        parted = _parted(coarse, bridge, sizes * every)
-        volumes.append(float(parted.sum() * np.prod(sizes * every) / 1000))
+    coarse, sizes = bright[tuple(slice(None, None, n) for n in every)], sizes * every
+    depth = ndi.distance_transform_edt(coarse, sampling=sizes)
+    volumes = (
+        _parted(coarse, depth, bridge, sizes).sum() * np.prod(sizes) / 1000 for bridge in BRIDGES
+    )
+    flat = None
+    for bridge, (volume, after) in zip(BRIDGES, pairwise(volumes), strict=False):
         # What parts the last muscle from the brain takes a lot; after it only corners go.
-        if len(volumes) > 1 and volumes[-1] > (1 - CORNERS) * volumes[-2]:
-            flat.append(BRIDGES[len(volumes) - 2])
-            if volumes[-2] < LARGEST_BRAIN:
-                return flat[-1]
-    return flat[0] if flat else BRIDGES[0]
+        if after > (1 - CORNERS) * volume:
+            if volume < LARGEST_BRAIN:
+                return bridge
+            flat = flat or bridge
+    return flat or BRIDGES[0]
 
 
 def _otsu(image: Array) -> float:

@@ -94,10 +94,10 @@ def test_iron_of_the_real_head_is_paramagnetic(raw_echoes):
         )
         assert made.parameters["PhaseSign"] == turned
         # Putamen and pallidum of both sides, as they are seen in the picture.
-        nuclei = np.concatenate(
+        iron = np.concatenate(
             [made.maps["qsm"][part, 42:47, 28] for part in (slice(33, 37), slice(43, 47))]
         )
-        assert nuclei.mean() > 0.03
+        assert iron.mean() > 0.03
         # Neither face nor neck: a brain of 1.3 to 1.7 litres, less its rim.
         assert 1100 < made.mask.sum() * 0.027 < 1700
 
