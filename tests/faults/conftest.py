@@ -30,7 +30,15 @@ class Process:
     def wait_for(self, condition: Callable[[], object], seconds: float = 120) -> None:
         """Wait until something has come about, while the run is still at work."""
         deadline = time.monotonic() + seconds
-        while not condition():
+
+        def come_about() -> object:
+            try:
+                return condition()
+            except FileNotFoundError:
+                # The run took a folder away that was just being listed.
+                return False
+
+        while not come_about():
             assert self.popen.poll() is None, self.finish()
             assert time.monotonic() < deadline
             time.sleep(0.01)
