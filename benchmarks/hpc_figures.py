@@ -12,20 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 from memory import RESULTS, early_and_late
+from page import replace_part
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "hpc.md"
-BEGIN, END = "<!-- figures: benchmarks/hpc_figures.py -->", "<!-- end of figures -->"
 SCANS, PER_TASK = 50_000, 50
 
 
 def main() -> None:
     """Rewrite the part of the document."""
-    text = DOCUMENT.read_text("utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, mark, tail = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"{DOCUMENT} lacks the marks {BEGIN} and {END}")
-    DOCUMENT.write_text(f"{head}{BEGIN}\n\n{figures()}\n{END}{tail}", "utf-8")
+    replace_part(DOCUMENT, "benchmarks/hpc_figures.py", figures())
 
 
 def figures() -> str:

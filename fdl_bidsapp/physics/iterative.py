@@ -15,6 +15,48 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
+STRENGTH_OF_NOISE = 0.1
+"""Best between 0.06 and 0.15 on simulated heads whose noise differs tenfold."""
+
+SMALLEST_NOISE = 1e-4
+"""ppm; no field is known better than this."""
+
+
+def field_noise(field: Array, mask: Array) -> float:
+    """Estimate the noise of a local field from what changes along all three axes at once.
+
+    Parameters
+    ----------
+    field : (X, Y, Z) array
+        ppm.
+    mask : (X, Y, Z) bool array
+        Where it is known.
+
+    Returns
+    -------
+    float
+        Standard deviation in ppm; 0 where no cube of eight voxels is in the mask.
+
+    Notes
+    -----
+    The mixed third difference takes out all that is smooth and leaves eight times the variance of
+    independent noise; its median absolute value tells that without regard to the few edges.
+
+    Examples
+    --------
+    >>> noise = np.random.default_rng(0).normal(0, 0.01, (20, 20, 20))
+    >>> round(field_noise(noise + 5.0, np.ones((20, 20, 20), bool)), 3)
+    0.01
+    """
+    difference, known = field.astype(np.float32), mask
+    for axis in range(3):
+        difference = np.diff(difference, axis=axis)
+        known = np.delete(known, -1, axis) & np.delete(known, 0, axis)
+    if not known.any():
+        return 0.0
+    return float(1.4826 * np.median(np.abs(difference[known])) / np.sqrt(8))
+
+
 def total_variation(
     field: Array,
     mask: Array,
@@ -22,7 +64,7 @@ def total_variation(
     direction: Sequence[float] | Array = (0.0, 0.0, 1.0),
     *,
     weight: Array | None = None,
-    strength: float = 2e-4,
+    strength: float | None = None,
     iterations: int = 40,
     device: str = "cpu",
 ) -> Array:
@@ -41,7 +83,9 @@ def total_variation(
     weight : (X, Y, Z) array
         Trust in each voxel's field, such as the magnitude; equal everywhere by default.
     strength
-        Weight of the total variation (ppm/mm, summed) against half the squared residual (ppm²).
+        Weight of the total variation (ppm/mm, summed) against half the squared residual (ppm²). By
+        default :data:`STRENGTH_OF_NOISE` times the field's noise: what is right for one scan blurs
+        a better one and leaves streaks in a worse one.
     iterations
         Steps of the alternating directions.
     device
@@ -62,7 +106,10 @@ def total_variation(
     import torch
 
     grid = _Grid(field, mask, spacing, direction, weight, device)
-    mu_gradient, mu_field = 100 * strength, 1.0
+    if strength is None:
+        strength = STRENGTH_OF_NOISE * max(field_noise(field, mask), SMALLEST_NOISE)
+    # Both decide how soon it converges, not where to: found on simulated heads.
+    mu_gradient, mu_field = 300 * strength, 0.1
     denominator = mu_field * grid.dipole**2 + mu_gradient * grid.minus_laplacian
     denominator[0, 0, 0] = 1.0
     squared = grid.weight**2

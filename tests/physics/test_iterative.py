@@ -5,7 +5,7 @@ import pytest
 
 from fdl_bidsapp.physics.dipole import field_from_susceptibility
 from fdl_bidsapp.physics.inversion import thresholded_division
-from fdl_bidsapp.physics.iterative import nonlinear_inversion, total_variation
+from fdl_bidsapp.physics.iterative import field_noise, nonlinear_inversion, total_variation
 
 SHAPE, SPACING = (32, 30, 24), (1.5, 1.5, 2.0)
 TILTED = np.array([0.2, 0.3, 0.9]) / np.linalg.norm([0.2, 0.3, 0.9])
@@ -63,6 +63,27 @@ def test_total_variation_restores_a_piecewise_constant_map():
     field = field_from_susceptibility(chi, SPACING, TILTED)
     found = total_variation(field, mask, SPACING, TILTED, strength=5e-5, iterations=80)
     assert error(found, chi, mask) < 0.25
+
+
+@pytest.mark.parametrize("noise", [0.0005, 0.002, 0.006])
+def test_the_penalty_follows_the_noise_of_the_field(noise):
+    chi, mask = phantom()
+    field = field_from_susceptibility(chi, SPACING)
+    field += np.random.default_rng(1).normal(0, noise, SHAPE).astype(np.float32)
+    assert field_noise(np.where(mask, field, 0), mask) == pytest.approx(noise, rel=0.25)
+    found = error(total_variation(field, mask, SPACING), chi, mask)
+    others = [
+        error(total_variation(field, mask, SPACING, strength=factor * noise), chi, mask)
+        for factor in (0.01, 1.0)
+    ]
+    assert found < min(others)
+
+
+def test_the_noise_of_a_mask_without_room_is_unknown():
+    mask = np.zeros(SHAPE, bool)
+    mask[10, 10, 10] = True
+    assert field_noise(np.ones(SHAPE), mask) == 0
+    assert np.isfinite(total_variation(np.ones(SHAPE, np.float32), mask, SPACING)).all()
 
 
 def test_what_is_not_trusted_does_not_count():
