@@ -159,7 +159,8 @@ def figures() -> str:
         "chain": "QSM at the end of the chain",
     }
     lines = ["| | method | NRMSE, % | XSIM |", "| --- | --- | ---: | ---: |"]
-    for (stage, method), own in measured.groupby(["stage", "method"], sort=False):
+    groups = measured.groupby(["stage", "method"], sort=False)
+    for (stage, method), own in sorted(groups, key=lambda group: [*titles].index(group[0][0])):
         nrmse_cell = f"{own['nrmse_percent'].mean():.1f} ({_range(own['nrmse_percent'])})"
         likeness = "" if stage == "background" else f"{own['xsim'].mean():.3f}"
         lines.append(f"| {titles[str(stage)]} | {method} | {nrmse_cell} | {likeness} |")

@@ -19,6 +19,7 @@ from fdl_bidsapp import __version__
 from fdl_bidsapp.cli.parser import parse
 from fdl_bidsapp.cli.trouble import explain, visible
 from fdl_bidsapp.errors import FdlError, InputMissingError, OutputError, StorageError
+from fdl_bidsapp.processor import wait_politely
 from fdl_bidsapp.settings import Settings, read_bids_filters
 from fdl_bidsapp.space import lacks_space, where_space_lacks
 
@@ -34,6 +35,7 @@ _WORK_PREFIX = "fdl-bidsapp-"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the app and exit with the code of the BIDS Apps execution specification."""
+    wait_politely()
     stop = _Stop()
     # Schedulers and `docker stop` send SIGTERM some seconds before they kill: time to tidy up.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -13,6 +13,7 @@ from fdl_bidsapp.cli import features
 from fdl_bidsapp.cli.train import add_commands
 from fdl_bidsapp.cli.trouble import explain
 from fdl_bidsapp.errors import FdlError, OutputError, UsageError
+from fdl_bidsapp.processor import wait_politely
 from fdl_bidsapp.settings import CONTRASTS, DEVICES, PAPER_MEASURES
 
 
@@ -23,6 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the toolbox and exit with the codes of ``fdl-bidsapp``."""
+    wait_politely()
     sys.exit(run(argv))
 
 
