@@ -1,6 +1,7 @@
 """Segmentation of QSM that the app reconstructs, beside that of the simulated site's own QSM.
 
     python benchmarks/reconstruction_dice.py LABELS_DIR WORK [--heads sub-17 …] [--draws 2]
+    python benchmarks/reconstruction_dice.py --page-only
 
 Heads that no training has seen are simulated with their echoes (``fdl simulate --echoes``). The
 app segments each scan twice: once the dataset has the site's QSM, once the echoes alone. Dice of
@@ -39,8 +40,8 @@ KEYS = ["scan", "structure", "hemisphere"]
 def main() -> None:
     """Simulate, segment twice, compare, write table and page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("labels_dir", type=Path)
-    parser.add_argument("work", type=Path)
+    parser.add_argument("labels_dir", type=Path, nargs="?")
+    parser.add_argument("work", type=Path, nargs="?")
     parser.add_argument("--heads", nargs="+", default=["sub-17", "sub-18", "sub-19", "sub-20"])
     parser.add_argument("--draws", type=int, default=2, help="scans of each head")
     parser.add_argument("--model", default="default")
@@ -51,6 +52,8 @@ def main() -> None:
     parser.add_argument("--page-only", action="store_true", help="from the table that is there")
     options = parser.parse_args()
     if not options.page_only:
+        if options.work is None:
+            parser.error("give LABELS_DIR and WORK")
         simulate(options)
         for source in SOURCES:
             run(
