@@ -2,14 +2,15 @@
 
     python benchmarks/msd_hippocampus/ship.py TABLES MODEL.safetensors …
 
-``TABLES`` is from ``tables.py``; the models are from ``fdl train`` with ``strong-n*.toml``. They
-are measured on the validation crops, which chose nothing in that recipe but its settings.
+``TABLES`` is from ``tables.py``; the models are from ``fdl train`` with ``strong-n*.toml``, and the
+largest with ``refine-n165.toml`` after that. They are measured on the validation crops, which chose nothing in that recipe but its settings.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ validation crops of {n_participants} participants who were not trained on.
 **What it was trained on.** {n_train} labelled crops of {train_participants} participants of the
 Medical Segmentation Decathlon, Task04 Hippocampus (Antonelli et al., Nature Communications 13,
 4128, 2022), licence CC BY-SA 4.0. Recipe and settings:
-`benchmarks/msd_hippocampus/strong-n{n_train}.toml`; {steps} steps on a processor core.
+{recipe}, on a processor core.
 
 **What was not checked.** Whole heads, other contrasts, other voxel sizes, disease other than in
 that dataset.
@@ -105,8 +106,17 @@ def card(bundle: Bundle, summary: list[dict[str, Any]]) -> str:
         n_participants=dice["n_participants"],
         n_train=spec.provenance["n_train"],
         train_participants=spec.provenance["train_participants"],
-        steps=spec.provenance["steps"],
+        recipe=recipe(spec.provenance),
     )
+
+
+def recipe(provenance: Mapping[str, Any]) -> str:
+    """Say how a model was trained."""
+    first = f"`benchmarks/msd_hippocampus/strong-n{provenance['n_train']}.toml`"
+    if not provenance["init"]:
+        return f"{first}, {provenance['steps']} steps"
+    second = f"`refine-n{provenance['n_train']}.toml` there, {provenance['steps']} steps more"
+    return f"{first}, and\n{second}, from the model that this gave"
 
 
 if __name__ == "__main__":
