@@ -3,7 +3,8 @@
     python benchmarks/msd_hippocampus/ship.py TABLES MODEL.safetensors …
 
 ``TABLES`` is from ``tables.py``; the models are from ``fdl train`` with ``strong-n*.toml``, and the
-largest with ``refine-n165.toml`` after that. They are measured on the validation crops, which chose nothing in that recipe but its settings.
+largest with ``refine-n165.toml`` after that. They are measured on the validation crops, which chose
+nothing in that recipe but its settings.
 """
 
 from __future__ import annotations
