@@ -48,6 +48,11 @@ from fdl_bidsapp.imaging.reconstruction import (
     named_inversion,
     reconstruct,
 )
+from fdl_bidsapp.imaging.relaxometry import (
+    mean_magnitude,
+    r2star_from_t2star,
+    r2star_loglinear,
+)
 from fdl_bidsapp.making import network_inversion
 from fdl_bidsapp.physics import GAMMA_BAR
 from fdl_bidsapp.physics.background import project_onto_dipoles, v_sharp
@@ -102,7 +107,6 @@ PEER = """
 import sys
 import numpy as np
 import qsm_forward
-from importlib.metadata import version
 chi = qsm_forward.generate_susceptibility_phantom(
     resolution=[100, 100, 100], background=0, large_cylinder_val=0.005,
     small_cylinder_radii=[4, 4, 4, 7], small_cylinder_vals=[0.05, 0.1, 0.2, 0.5],
@@ -120,10 +124,7 @@ signals = [
     )
     for time in sys.argv[4:]
 ]
-np.savez(
-    sys.argv[1], chi=chi, mask=mask, field=field, signal=np.stack(signals, -1),
-    version=version("qsm-forward"),
-)
+np.savez(sys.argv[1], chi=chi, mask=mask, field=field, signal=np.stack(signals, -1))
 """
 
 
@@ -138,9 +139,12 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES][:-1])
     parser.add_argument("--peer", type=Path, help="a Python that has qsm-forward")
     options = parser.parse_args()
+    if "phantom" in options.stages and options.peer is None:
+        parser.error("the phantom needs --peer")
     if not options.page_only:
         made = {
-            "command": " ".join(("python", "benchmarks/reconstruction.py", *sys.argv[1:])),
+            "command": "python benchmarks/reconstruction.py "
+            + " ".join("PYTHON" if word == str(options.peer) else word for word in sys.argv[1:]),
             "machine": machine(),
             "versions": f"Python {platform.python_version()}, fdl-bidsapp {version('fdl-bidsapp')}",
         }
@@ -169,24 +173,11 @@ def phantom(options: argparse.Namespace) -> Iterator[dict]:
         subprocess.run([str(word) for word in words], check=True)
         with np.load(file) as found:
             chi, mask, field, signal = (found[key] for key in ("chi", "mask", "field", "signal"))
-    affine = np.eye(4)
-    weight = np.sqrt((np.abs(signal) ** 2 * np.square(TIMES)).sum(-1)).astype(np.float32)
+    subject = _measured(mask, chi, field, signal, np.eye(4))
     noise = np.random.default_rng(1).normal(0, 1 / (SNR * RADIANS_PER_PPM), field.shape)
     local = np.where(mask, field + noise, 0).astype(np.float32)
-    size, direction = (1.0, 1.0, 1.0), np.array([0.0, 0.0, 1.0])
-    with scipy.fft.set_workers(options.threads):
-        for name in options.recon:
-            result, times = _timed(
-                _method(name), local, mask, size, direction, weight, RADIANS_PER_PPM
-            )
-            yield _row("phantom", name, result, chi, mask, times)
-    magnitude, phase = np.abs(signal).astype(np.float32), np.angle(signal).astype(np.float32)
-    echoes = RawEchoes(magnitude, phase, affine, TIMES, FIELD_STRENGTH, "rad")
-    for name in options.recon:
-        made, times = _timed(
-            reconstruct, echoes, _method(name), brain=mask, threads=options.threads
-        )
-        yield _row("phantom, chain", name, made.maps["qsm"], chi, made.mask, times)
+    yield from inverted("phantom", subject, local, mask, options)
+    yield from reconstructed("phantom, chain", subject, options, brain=mask)
 
 
 def kept(stages: Sequence[str]) -> list[dict]:
@@ -203,9 +194,7 @@ def timed_chain(threads: int) -> dict[str, object]:
     affine = np.diag([TIMED_SPACING] * 3 + [1.0])
     affine[:3, 3] = -TIMED_SPACING * (np.array(TIMED_GRID) - 1) / 2
     echoes = _simulate(np.random.default_rng(0), TIMED_GRID, affine).echoes
-    made, times = _timed(reconstruct, echoes, named_inversion("tv"), threads=threads)
-    if set(made.maps) < {"qsm", "r2star", "imag", "swi"}:
-        raise SystemExit(f"the chain made {', '.join(made.maps)} only")
+    _, times = _timed(_all_maps, echoes, threads)
     return {
         "stage": "time",
         "method": "tv",
@@ -215,6 +204,13 @@ def timed_chain(threads: int) -> dict[str, object]:
         "seconds": times[0],
         "cpu_seconds": times[1],
     }
+
+
+def _all_maps(echoes: RawEchoes, threads: int) -> None:
+    """Make what the app delivers of a scan's echoes."""
+    reconstruct(echoes, "tv", threads=threads)
+    mean_magnitude(echoes.magnitude)
+    r2star_from_t2star(r2star_loglinear(echoes.magnitude, echoes.echo_times))
 
 
 def figures() -> str:
@@ -253,8 +249,9 @@ def figures() -> str:
         row = timed.iloc[0]
         verdict = "met" if row["seconds"] <= BARS["seconds"] else "missed"
         parts.append(
-            f"From the echoes to all maps ({row['grid']}): {row['seconds']:.0f} s on"
-            f" {row['machine']}; aimed at is {BARS['seconds']:g} s, {verdict}."
+            f"From the echoes to QSM, SWI, R2*, T2* and mean magnitude in memory ({row['grid']}):"
+            f" {row['seconds']:.0f} s on {row['machine']}; aimed at is {BARS['seconds']:g} s,"
+            f" {verdict}."
         )
     return "\n\n".join(parts)
 
@@ -271,49 +268,67 @@ def measure(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     rng = np.random.default_rng([90210, seed])
     shape, affine = scan_geometry((options.spacing,) * 3, rng.normal(0, 8, 3))
     subject = _simulate(rng, shape, affine)
-    with scipy.fft.set_workers(options.threads):
-        if "isolated" in options.stages:
-            yield from isolated(subject, options.recon, rng)
-        if "background" in options.stages:
-            yield from background(subject, np.random.default_rng([90211, seed]))
-    for name in options.recon if "chain" in options.stages else ():
-        made, times = _timed(reconstruct, subject.echoes, _method(name), threads=options.threads)
-        yield _row("chain", name, made.maps["qsm"], subject.chi, made.mask & subject.brain, times)
+    if "isolated" in options.stages:
+        yield from isolated(subject, rng, options)
+    if "background" in options.stages:
+        yield from background(subject, np.random.default_rng([90211, seed]), options)
+    if "chain" in options.stages:
+        yield from reconstructed("chain", subject, options)
 
 
-def isolated(subject: Subject, methods: Sequence[str], rng: np.random.Generator) -> Iterator[dict]:
+def isolated(
+    subject: Subject, rng: np.random.Generator, options: argparse.Namespace
+) -> Iterator[dict]:
     """Invert the true local field, with noise."""
     size, direction = spacing_of(subject.affine), field_direction(subject.affine)
     inner = ndi.binary_erosion(subject.brain, iterations=max(1, round(3 / min(size))))
     local = field_from_susceptibility(np.where(inner, subject.chi, 0), size, direction)
     noisy = np.where(inner, local + _noise(subject, inner, rng), 0).astype(np.float32)
-    for name in methods:
-        found, times = _timed(
-            _method(name), noisy, inner, size, direction, subject.weight, RADIANS_PER_PPM
+    yield from inverted("isolated", subject, noisy, inner, options)
+
+
+def inverted(
+    stage: str, subject: Subject, local: Array, mask: Array, options: argparse.Namespace
+) -> Iterator[dict]:
+    """Invert a local field by every method."""
+    with scipy.fft.set_workers(options.threads):
+        for name in options.recon:
+            found, times = _inverted(name, subject, local, mask)
+            yield _row(stage, name, found, subject.chi, mask, times)
+
+
+def reconstructed(
+    stage: str, subject: Subject, options: argparse.Namespace, brain: Array | None = None
+) -> Iterator[dict]:
+    """Reconstruct echoes by every method."""
+    for name in options.recon:
+        made, times = _timed(
+            reconstruct, subject.echoes, _method(name), brain=brain, threads=options.threads
         )
-        yield _row("isolated", name, found, subject.chi, inner, times)
+        yield _row(stage, name, made.maps["qsm"], subject.chi, made.mask & subject.brain, times)
 
 
-def background(subject: Subject, rng: np.random.Generator) -> Iterator[dict]:
+def background(
+    subject: Subject, rng: np.random.Generator, options: argparse.Namespace
+) -> Iterator[dict]:
     """Remove the background from the true total field with noise; invert what is left."""
     size, direction = spacing_of(subject.affine), field_direction(subject.affine)
     # No mask holds the voxels that share the brain's border.
     mask = ndi.binary_erosion(subject.brain)
     field = np.where(mask, subject.field + _noise(subject, mask, rng), 0).astype(np.float32)
     common = None  # the mask of the first method, the smallest
-    for name, remove in (
-        ("v_sharp", lambda: v_sharp(field, mask, size)),
-        ("v_sharp to one voxel", lambda: v_sharp(field, mask, size, smallest_radius=0)),
-        ("pdf", lambda: project_onto_dipoles(field, mask, size, direction, tolerance=0)),
-    ):
-        (local, inside), times = _timed(remove)
-        truth = field_from_susceptibility(np.where(inside, subject.chi, 0), size, direction)
-        common = inside if common is None else common
-        yield _row("background", name, local, truth, common, times)
-        found, times = _timed(
-            _method("tv"), local, inside, size, direction, subject.weight, RADIANS_PER_PPM
-        )
-        yield _row("background, tv", name, found, subject.chi, common, times)
+    with scipy.fft.set_workers(options.threads):
+        for name, remove in (
+            ("v_sharp", lambda: v_sharp(field, mask, size)),
+            ("v_sharp to one voxel", lambda: v_sharp(field, mask, size, smallest_radius=0)),
+            ("pdf", lambda: project_onto_dipoles(field, mask, size, direction, tolerance=0)),
+        ):
+            (local, inside), times = _timed(remove)
+            truth = field_from_susceptibility(np.where(inside, subject.chi, 0), size, direction)
+            common = inside if common is None else common
+            yield _row("background", name, local, truth, common, times)
+            found, times = _inverted("tv", subject, local, inside)
+            yield _row("background, tv", name, found, subject.chi, common, times)
 
 
 def _noise(subject: Subject, mask: Array, rng: np.random.Generator) -> Array:
@@ -321,6 +336,11 @@ def _noise(subject: Subject, mask: Array, rng: np.random.Generator) -> Array:
     typical = float(np.median(subject.weight[mask]))
     spread = np.clip(typical / np.maximum(subject.weight, 1e-6), 0, 5) / (SNR * RADIANS_PER_PPM)
     return spread * rng.standard_normal(mask.shape)
+
+
+def _inverted(name: str, subject: Subject, local: Array, mask: Array) -> tuple:
+    size, direction = spacing_of(subject.affine), field_direction(subject.affine)
+    return _timed(_method(name), local, mask, size, direction, subject.weight, RADIANS_PER_PPM)
 
 
 def _method(name: str) -> Inversion:
@@ -351,11 +371,17 @@ def _simulate(rng: np.random.Generator, shape: Sequence[int], affine: Array) -> 
         np.where(brain, 0, chi), *geometry, outside=tissues["air"].chi
     )
     field -= np.median(field[brain])
-    echoes, weight = _scan(rng, head, tissues, field, affine)
+    return _measured(brain, chi, field, _signal(rng, head, tissues, field), affine)
+
+
+def _measured(brain: Array, chi: Array, field: Array, signal: Array, affine: Array) -> Subject:
+    magnitude, phase = np.abs(signal).astype(np.float32), np.angle(signal).astype(np.float32)
+    weight = np.sqrt((magnitude**2 * np.square(TIMES, dtype=np.float32)).sum(-1))
+    echoes = RawEchoes(magnitude, phase, affine, TIMES, FIELD_STRENGTH, "rad")
     return Subject(brain, chi, field, affine, echoes, weight)
 
 
-def _scan(rng, head, tissues, field, affine) -> tuple[RawEchoes, Array]:
+def _signal(rng, head, tissues, field) -> Array:
     def mixture(name: str) -> Array:
         return sum(
             share * np.float32(getattr(tissues[tissue], name))
@@ -370,10 +396,7 @@ def _scan(rng, head, tissues, field, affine) -> tuple[RawEchoes, Array]:
     clean = multi_echo_signal(
         rho, r2star.astype(np.float32), field, TIMES, FIELD_STRENGTH, initial_phase=phase
     )
-    signal = add_noise(clean, 0.65 / SNR, rng)
-    magnitude = np.abs(signal)
-    weight = np.sqrt((magnitude**2 * np.square(TIMES, dtype=np.float32)).sum(-1))
-    return RawEchoes(magnitude, np.angle(signal), affine, TIMES, FIELD_STRENGTH, "rad"), weight
+    return add_noise(clean, 0.65 / SNR, rng)
 
 
 def _grid(shape: Sequence[int]) -> str:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 
 _SPINS = "10000"
-"""Some ten microseconds. The library's own is some hundred times as long."""
+"""Turns of a loop before a thread sleeps; the library's own are 300,000."""
 
 
 def wait_politely() -> None:
     """Let waiting threads give up their core soon, unless the user has chosen how they wait.
 
     PyTorch's threads (GNU OpenMP) meet at the end of every operation, and whoever comes first
-    waits at full load. Where another program has the core that the last one needs, all of the time
-    goes by in waiting: beside two busy processes on two cores, a network took some twenty times as
-    long as with this. On a quiet machine nothing changes. It has to be called before PyTorch is
-    imported; processes that are started later inherit it.
+    waits at full load. Where another program has the core that the last one needs, nearly all of
+    the time goes by in waiting. It has to be called before PyTorch is imported; processes that are
+    started later inherit it.
 
     Examples
     --------
