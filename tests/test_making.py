@@ -12,7 +12,7 @@ from torch import nn
 
 from fdl_bidsapp.bids.inputs import Scan, Source
 from fdl_bidsapp.errors import ImageError, InputMissingError, ModelError
-from fdl_bidsapp.making import make_maps, needs_making, recon_identity
+from fdl_bidsapp.making import make_maps, needs_making, network_inversion, recon_identity
 from fdl_bidsapp.models.bundle import save_volume
 from fdl_bidsapp.models.pedqnet import VolumeNetwork, VolumeSpec
 
@@ -131,6 +131,24 @@ def test_a_network_reconstructs_and_is_named_in_the_sidecar(scan, tmp_path):
     (chi,) = [each for each in made.maps if each.kind == "Chimap"]
     assert chi.sidecar["DipoleInversion"] == f"network tiny, SHA-256 {sha256}"
     assert recon_identity(recon) == sha256
+
+
+def test_a_network_sees_the_field_along_its_third_axis(tmp_path):
+    spec = VolumeSpec("tiny", backbone_options={"width": 4, "levels": 2}, patch=(16, 16, 16))
+    network = VolumeNetwork(spec)
+    nn.init.normal_(network.last.weight)
+    save_volume(tmp_path / "tiny.safetensors", network, spec)
+    invert, _ = network_inversion(str(tmp_path / "tiny.safetensors"))
+    field = np.random.default_rng(0).normal(0, 0.01, (16, 18, 20)).astype(np.float32)
+    mask = np.ones(field.shape, bool)
+    upright = invert(field, mask, (1, 1, 2), np.array([0.0, 0.1, 0.99]), mask, 16.0)
+    # The same scan with its axes in another order, as of sagittal slices.
+    turned = np.moveaxis(field, 2, 0)
+    found = invert(
+        turned, np.moveaxis(mask, 2, 0), (2, 1, 1), np.array([-0.99, 0.0, 0.1]), mask, 16.0
+    )
+    np.testing.assert_allclose(np.moveaxis(found, 0, 2), upright, atol=1e-6)
+    assert np.ptp(upright) > 0
 
 
 def test_what_is_no_reconstruction_is_told_before_anything_is_done(tmp_path):

@@ -16,7 +16,11 @@ from fdl_bidsapp.physics.background import LARGEST_RADIUS, SMALLEST_RADIUS, v_sh
 from fdl_bidsapp.physics.convention import phase_to_radians, sign_of_field
 from fdl_bidsapp.physics.dipole import field_direction
 from fdl_bidsapp.physics.inversion import thresholded_division, tikhonov
-from fdl_bidsapp.physics.iterative import nonlinear_inversion, total_variation
+from fdl_bidsapp.physics.iterative import (
+    nonlinear_inversion,
+    penalty_of_noise,
+    total_variation,
+)
 from fdl_bidsapp.physics.masking import brain_mask, reliable_phase, ventricular_fluid
 from fdl_bidsapp.physics.swi import SLAB, minimum_intensity_projection, susceptibility_weighted
 from fdl_bidsapp.physics.unwrapping import fit_unwrapped_field
@@ -212,6 +216,8 @@ def _reconstruct(
         "SWIEchoTime": float(times[late]),
         "ProjectionThickness": SLAB,
     }
+    if inversion == "tv":
+        parameters["TotalVariationWeight"] = float(f"{penalty_of_noise(local, inside):.3g}")
     maps = {"qsm": chi, "swi": swi, "mip": minimum_intensity_projection(swi, spacing)}
     return Reconstruction(maps, inside, total, local, parameters, tuple(notes))
 

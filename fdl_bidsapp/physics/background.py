@@ -15,8 +15,9 @@ LARGEST_RADIUS = 12.0
 """mm. Larger spheres keep more of the field's low frequencies and cost only time."""
 
 SMALLEST_RADIUS = 3.0
-"""mm. What smaller spheres add at the rim is so faulty near air that it spoils the deep regions
-too: on a simulated head at 1.5 mm, spheres down to one voxel raise the error there by a fifth."""
+"""mm. Where the mask holds the brain's very rim, what smaller spheres add there is so faulty near
+air that it spoils the deep regions too: on a simulated head at 1.5 mm, spheres down to one voxel
+raise the error there by a fifth. In a mask without the rim they do no harm, and add little."""
 
 
 def v_sharp(

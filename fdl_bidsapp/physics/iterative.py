@@ -57,6 +57,20 @@ def field_noise(field: Array, mask: Array) -> float:
     return float(1.4826 * np.median(np.abs(difference[known])) / np.sqrt(8))
 
 
+def penalty_of_noise(field: Array, mask: Array) -> float:
+    """Return the weight of the total variation that suits a local field, ppm/mm.
+
+    What is right for one scan blurs a better one and leaves streaks in a worse one; so it is
+    :data:`STRENGTH_OF_NOISE` times the field's noise.
+
+    Parameters
+    ----------
+    field, mask
+        As for :func:`field_noise`.
+    """
+    return STRENGTH_OF_NOISE * max(field_noise(field, mask), SMALLEST_NOISE)
+
+
 def total_variation(
     field: Array,
     mask: Array,
@@ -84,8 +98,7 @@ def total_variation(
         Trust in each voxel's field, such as the magnitude; equal everywhere by default.
     strength
         Weight of the total variation (ppm/mm, summed) against half the squared residual (ppm²). By
-        default :data:`STRENGTH_OF_NOISE` times the field's noise: what is right for one scan blurs
-        a better one and leaves streaks in a worse one.
+        default that of :func:`penalty_of_noise`.
     iterations
         Steps of the alternating directions.
     device
@@ -107,7 +120,7 @@ def total_variation(
 
     grid = _Grid(field, mask, spacing, direction, weight, device)
     if strength is None:
-        strength = STRENGTH_OF_NOISE * max(field_noise(field, mask), SMALLEST_NOISE)
+        strength = penalty_of_noise(field, mask)
     # Both decide how soon it converges, not where to: found on simulated heads.
     mu_gradient, mu_field = 300 * strength, 0.1
     denominator = mu_field * grid.dipole**2 + mu_gradient * grid.minus_laplacian

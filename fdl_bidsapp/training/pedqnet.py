@@ -32,6 +32,12 @@ from fdl_bidsapp.training.loop import Schedule, train
 
 RECIPES = ("pedqnet", "brainmask")
 
+IN_PLANE, SLICE_THICKNESS = (0.7, 1.1), (0.8, 2.0)
+"""mm, of the adults' voxels."""
+
+SNR = (20.0, 80.0)
+"""Signal of white matter over the noise."""
+
 CLASSES = 1 + 2 * len(SUBCORTICAL)
 
 Array = np.ndarray
@@ -80,8 +86,8 @@ class VolumeSettings:
     infants
         Share of them that are infants' heads.
     grid_spacing
-        Voxel size of the simulated heads in mm; 1 mm for adults and 0.78 × 0.78 × 2 mm for infants
-        if empty.
+        Voxel size of the simulated heads in mm. If empty, it is drawn for adults (:data:`IN_PLANE`,
+        :data:`SLICE_THICKNESS`) and 0.78 × 0.78 × 2 mm for infants.
     recipe
         ``pedqnet`` or ``brainmask``.
     recipe_options
@@ -303,13 +309,20 @@ def fit_volume(
 
 
 def simulate_cases(settings: VolumeSettings) -> list[FieldCase]:
-    """Simulate the heads that settings ask for, infants first."""
+    """Simulate the heads that settings ask for, infants first, with more noise and less."""
     infants = round(settings.cases * settings.infants)
-    spacing = settings.grid_spacing or None
-    return [
-        simulate_field([settings.seed, number], infant=number < infants, spacing=spacing)
-        for number in range(settings.cases)
-    ]
+    cases = []
+    for number in range(settings.cases):
+        rng = np.random.default_rng([settings.seed, number, 1])
+        infant = number < infants
+        spacing: tuple[float, ...] | None = settings.grid_spacing or None
+        if spacing is None and not infant:
+            in_plane = rng.uniform(*IN_PLANE)
+            spacing = (in_plane, in_plane, max(in_plane, rng.uniform(*SLICE_THICKNESS)))
+        snr = float(np.exp(rng.uniform(*np.log(SNR))))
+        seed = [settings.seed, number]
+        cases.append(simulate_field(seed, infant=infant, spacing=spacing, snr=snr))
+    return cases
 
 
 class FieldPatches:

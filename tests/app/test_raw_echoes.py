@@ -90,6 +90,7 @@ def test_all_maps_are_made_from_magnitude_and_phase_and_delivered(study, raw, si
     assert sidecar["Units"] == "ppm"
     assert sidecar["MagneticFieldStrength"] == 3.0
     assert sidecar["DipoleInversion"].startswith("total variation")
+    assert 0 < sidecar["TotalVariationWeight"] < 0.01
     assert len(sidecar["Sources"]) == 6
     record = study.record("01")
     assert record["Target"] == "qsm"
