@@ -2,7 +2,7 @@
 
 Two networks: a coarse one finds midbrain and cerebellum, the other segments their nuclei there.
 
-    python benchmarks/default_model.py LABELS CACHE OUTPUT.safetensors [--minutes 240]
+    python benchmarks/default_model.py LABELS CACHE OUTPUT.safetensors [--minutes 264]
 
 ``LABELS`` is a folder of head label maps (see docs/simulation.md), of which the first ``--heads``
 are used. Run it again after an interruption and it goes on. ``--draw-only`` fills the cache.
@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,9 @@ Batch = tuple[torch.Tensor, ...]
 SHARES = {"qsm": 0.35, "r2star": 0.25, "imag": 0.25, "swi": 0.15}
 """How often each contrast is the target."""
 
+LATE_SHARES = {"qsm": 0.3, "r2star": 0.2, "imag": 0.3, "swi": 0.2}
+"""The same in the last phase."""
+
 GRID = Grid((72, 56, 48), (0.8, 0.8, 0.8))
 """Holds the nuclei of midbrain or cerebellum of a large, tilted head, with some 10 mm of room."""
 
@@ -69,8 +72,8 @@ JITTER = (6.0, 6.0, 6.0)
 REGION_SHARES = (0.65, 0.35)
 """How often a window lies around each: the midbrain's nuclei are smaller, and more."""
 
-ASTRAY, CUT_OFF = 0.08, 0.08
-"""How many windows lie off their region, and beyond the field of view."""
+ASTRAY = 0.08
+"""How many windows lie off their region."""
 
 ABSENT = 0.2
 """Weight of the structures that a window does not hold: each holds one region's."""
@@ -88,12 +91,18 @@ class Phase:
         Factor on the learning rate.
     weight, small_weight
         In the cross-entropy, of the structures' voxels and of the subthalamic nuclei's.
+    targets
+        How often each contrast is the target.
+    cut_off
+        How many windows reach beyond the field of view.
     """
 
     share: float
     rate: float
     weight: float
     small_weight: float
+    targets: Mapping[str, float] = field(default_factory=lambda: SHARES)
+    cut_off: float = 0.08
 
     def weights(self, labels: Sequence[Label]) -> list[float]:
         """Return the weight of each structure."""
@@ -103,12 +112,14 @@ class Phase:
 
 PHASES = {
     # Weighted voxels find the structures soon, then their true size is learnt.
-    "find": Phase(0.05, 1.0, 20.0, 20.0),
-    "draw": Phase(0.25, 1.0, 1.0, 1.0),
+    "find": Phase(0.025, 1.0, 20.0, 20.0),
+    "draw": Phase(0.125, 1.0, 1.0, 1.0),
     # The smallest come last, and would wait for longer than there is time.
-    "small": Phase(0.09, 1.0, 1.0, 30.0),
-    "settle": Phase(0.1, 0.5, 1.0, 15.0),
-    "refine": Phase(0.51, 0.75, 1.0, 1.0),
+    "small": Phase(0.045, 1.0, 1.0, 30.0),
+    "settle": Phase(0.05, 0.5, 1.0, 15.0),
+    "refine": Phase(0.255, 0.75, 1.0, 1.0),
+    # More of what was still worst after that.
+    "polish": Phase(0.5, 0.75, 1.0, 1.0, LATE_SHARES, 0.15),
 }
 
 LOCATOR_PHASES = {
@@ -128,7 +139,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=384, help="cached regions of the label maps")
     parser.add_argument("--locator-draws", type=int, default=64, help="cached heads of them")
     parser.add_argument("--template-draws", type=int, default=32, help="scans of the template")
-    parser.add_argument("--minutes", type=float, default=240)
+    parser.add_argument("--minutes", type=float, default=264)
     parser.add_argument("--steps", type=int, default=60000)
     parser.add_argument("--locator-steps", type=int, default=3500)
     parser.add_argument("--width", type=int, default=16)
@@ -150,7 +161,7 @@ def main() -> None:
     parts = train_parts(spec, regions, folder, options)
     provenance = {
         "data": described(regions, options.heads),
-        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; five phases",
+        "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; six phases",
         "steps": parts.steps,
         "steps_of_locator": locator.steps,
         "minutes": spent(folder),
@@ -297,23 +308,25 @@ def train_parts(
     """Train the network that segments, phase by phase."""
     torch.manual_seed(options.seed)
     network: torch.nn.Module = build_network(replace(spec, locator=None, regions=()))
-    windows = SimulatedWindows(
-        files,
-        dict(spec.intensity),
-        mirrored(spec.labels),
-        SHARES,
-        values(spec.labels),
-        SEVERITY,
-        theta=spec.theta,
-        low_share=0.3,
-        region_shares=REGION_SHARES,
-        astray=ASTRAY,
-        cut_off=CUT_OFF,
-    )
     steps = 0
     for name, phase in PHASES.items():
+        windows = SimulatedWindows(
+            files,
+            dict(spec.intensity),
+            mirrored(spec.labels),
+            dict(phase.targets),
+            values(spec.labels),
+            SEVERITY,
+            theta=spec.theta,
+            low_share=0.3,
+            region_shares=REGION_SHARES,
+            astray=ASTRAY,
+            cut_off=phase.cut_off,
+        )
 
-        def draw(step: int, _: float, name: str = name) -> Batch:
+        def draw(
+            step: int, _: float, name: str = name, windows: SimulatedWindows = windows
+        ) -> Batch:
             rng = np.random.default_rng([options.seed, list(PHASES).index(name), step])
             return windows.draw(rng, GRID.shape, JITTER, options.batch)
 
