@@ -77,6 +77,11 @@ The abstract leaves some things open. What was found:
   convolutions leaves the same frame in every contrast; networks that were allowed to see it learnt
   the frame, agreed almost perfectly on random shapes, and hardly on brains.
 * For the same reason the shapes have no surround that is dark in both views.
+* The image repeats beyond its border. With a frame of zeros, a bright surround has an edge there.
+* Ends of the intensity range are cut off in many of the random images: air that was masked out is
+  flat, and is no noise.
+* Features of two contrasts are alike, not equal, and a network that sees T1 only finds in the rest
+  what tells T1. While it is trained, each channel is therefore scaled and shifted at random.
 * The finished channels are brought to mean 0 and deviation 1 over random shapes, which the loss
   leaves open and which the unit length at each pixel needs.
 

@@ -1,7 +1,7 @@
 """Table 1 of the CIFL abstract on mid-coronal OASIS slices: train on T1, test on other contrasts.
 
     python benchmarks/cifl/table1.py OASIS2D.npz OUT [--seeds 0 1 2] [--tau-channels 1 0.1 0.01]
-        [--jobs 2] [--steps 4000] [--unseen OTHER.npz --results OTHER.tsv]
+        [--jobs 2] [--steps 1500] [--unseen OTHER.npz --results OTHER.tsv]
 
 For each temperature and seed, features are trained on random shapes. On them, on the images
 themselves as a baseline, and on the high band of the frequency split as the other idea of what
@@ -38,7 +38,7 @@ from fdl_bidsapp.bids.outputs import write_tsv
 from fdl_bidsapp.imaging.overlap import METRICS, agreement
 from fdl_bidsapp.models.backbones import UNet
 from fdl_bidsapp.models.bundle import load_features
-from fdl_bidsapp.models.cifl import FrozenFeatures
+from fdl_bidsapp.models.cifl import FrozenFeatures, unit_pixels, vary_channels
 from fdl_bidsapp.models.fourier import split
 from fdl_bidsapp.models.inference import autocast_dtype
 from fdl_bidsapp.models.registration import (
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tau-channels", nargs="+", default=["1", "0.1", "0.01"])
-    parser.add_argument("--steps", type=int, default=4000, help="of the features")
+    parser.add_argument("--steps", type=int, default=1500, help="of the features")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--unseen", type=Path, help="other slices to test on")
     parser.add_argument("--results", type=Path, default=RESULTS / "cifl_table1.tsv")
@@ -157,7 +157,7 @@ def run(job: Job) -> str:
         )
         file = fit_features(settings, job.folder / "features.safetensors", device="cpu")
         bundle = load_features(file)
-        front, channels = FrozenFeatures(bundle.network()), bundle.spec.channels
+        front, channels = FrozenFeatures(bundle.network()).eval(), bundle.spec.channels
     known, unseen = load(job.data, job.unseen)
     for task, measure in (("segmentation", segmentation), ("registration", registration)):
         table = job.folder / f"{task}.tsv"
@@ -234,13 +234,13 @@ def segmentation(
     def draw(step: int, _: float) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed * 2**32 + step)
         image, classes = varied(known, 2, generator)
-        return seen(front, image), classes
+        return vary(seen(front, image), generator), classes
 
     def loss(outputs: list[Tensor], classes: Tensor) -> Tensor:
         return dice_cross_entropy_loss(outputs[0][..., None], classes[..., None])
 
     torch.manual_seed(seed)
-    schedule = Schedule(800, learning_rate=5e-3, weight_decay=1e-2, average=0.98)
+    schedule = Schedule(1500, learning_rate=5e-3, weight_decay=1e-2, average=0.98)
     network = Segmenter(channels).to(memory_format=torch.channels_last)
     trained = train(network, draw, loss, schedule, folder, CPU).network
     rows = []
@@ -263,12 +263,15 @@ def registration(
 
     def draw(step: int, _: float) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed * 2**32 + step)
-        moving, fixed = (seen(front, varied(known, 2, generator)[0]) for _ in range(2))
-        return moving, fixed, fixed
+        pair = [seen(front, varied(known, 2, generator)[0]) for _ in range(2)]
+        moving, fixed = (vary(channels, generator) for channels in pair)
+        return moving, torch.cat(pair, 1), fixed
 
-    def loss(outputs: list[Tensor], fixed: Tensor) -> Tensor:
-        moved, displacement = outputs
-        return registration_loss(moved, fixed, displacement, SMOOTHNESS)
+    def loss(outputs: list[Tensor], pair: Tensor) -> Tensor:
+        # What is compared is not varied, only what the network sees.
+        moving, fixed = pair.chunk(2, 1)
+        displacement = outputs[1]
+        return registration_loss(warp(moving, displacement), fixed, displacement, SMOOTHNESS)
 
     torch.manual_seed(seed)
     schedule = Schedule(1500, learning_rate=2e-3, weight_decay=1e-4, average=0.99)
@@ -303,6 +306,12 @@ def seen(front: Front, images: Tensor) -> Tensor:
     dtype = autocast_dtype(CPU)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         return front(images).float()
+
+
+def vary(channels: Tensor, generator: torch.Generator) -> Tensor:
+    """Vary what a network is trained on as ``fdl train`` varies features, also other inputs."""
+    channels = vary_channels(channels, generator)
+    return unit_pixels(channels) if channels.shape[1] > 1 else channels
 
 
 def random_displacement(generator: torch.Generator, n: int, shape: Sequence[int]) -> Tensor:

@@ -24,6 +24,10 @@ from torch import Tensor, nn
 
 from fdl_bidsapp.errors import ModelError
 
+VARIED_SCALE, VARIED_SHIFT = 0.3, 0.6
+"""Standard deviation of the log of a channel's random factor, and of its random shift as a share of
+the channels' root mean square."""
+
 
 @dataclass(frozen=True)
 class FeatureSpec:
@@ -102,7 +106,11 @@ class FeatureNetwork(nn.Module):
         self.memory_format = torch.channels_last if spec.dimensions == 2 else torch.channels_last_3d
         convolution = nn.Conv2d if spec.dimensions == 2 else nn.Conv3d
         widths = [1, *[spec.width] * (spec.layers - 1), spec.channels]
-        layers = [convolution(above, here, 3, padding=1) for above, here in pairwise(widths)]
+        # Beyond the border the image repeats: a frame of zeros would be an edge that is not there.
+        layers = [
+            convolution(above, here, 3, padding=1, padding_mode="replicate")
+            for above, here in pairwise(widths)
+        ]
         for layer in layers:
             nn.init.kaiming_normal_(layer.weight, a=0.1)
             nn.init.zeros_(cast(Tensor, layer.bias))
@@ -154,6 +162,10 @@ def standardise(network: FeatureNetwork, images: Tensor) -> None:
 class FrozenFeatures(nn.Module):
     """A trained feature network as the first part of another one; it learns no more.
 
+    While the other one is trained, the channels are varied (:func:`vary_channels`). Features of two
+    contrasts are alike, not equal; a network that sees one contrast only would come to rely on the
+    small rest that tells it.
+
     Parameters
     ----------
     features
@@ -174,7 +186,32 @@ class FrozenFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Return the features of each pixel, of unit length."""
-        return unit_pixels(self.network(image))
+        features = unit_pixels(self.network(image))
+        return unit_pixels(vary_channels(features)) if self.training else features
+
+
+def vary_channels(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Scale and shift each channel of each image by a random amount of its own.
+
+    Parameters
+    ----------
+    images : (B, C, *shape) tensor
+    generator
+        Source of randomness, on the images' device; PyTorch's own by default.
+
+    Examples
+    --------
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> varied = vary_channels(torch.ones(1, 2, 3, 3), generator)
+    >>> varied.flatten(2).std(2).max().item(), bool(varied[0, 0, 0, 0] == varied[0, 1, 0, 0])
+    (0.0, False)
+    """
+    shape = (*images.shape[:2], *[1] * (images.ndim - 2))
+    exponent, shift = (
+        torch.randn(shape, device=images.device, generator=generator) for _ in range(2)
+    )
+    size = images.square().flatten(1).mean(1).sqrt().reshape(-1, *[1] * (images.ndim - 1))
+    return images * torch.exp(VARIED_SCALE * exponent) + VARIED_SHIFT * size * shift
 
 
 def unit_maps(features: Tensor, centred: bool = False) -> Tensor:

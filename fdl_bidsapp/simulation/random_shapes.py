@@ -2,7 +2,7 @@
 
 Label maps are the arg-max of smooth noises of several scales, bent by a smooth warp. An image gives
 every label an intensity of its own and goes through what a scanner does to it: bias field, blur,
-coarse sampling, gamma, noise. No real image is involved.
+coarse sampling, gamma, noise, and ends of the range cut off. No real image is involved.
 
 Sources of the idea: Hoffmann et al., SynthMorph, IEEE TMI 2022;41:543-558; Billot et al., SynthSeg,
 Med Image Anal 2023;86:102789.
@@ -37,6 +37,9 @@ class ShapeStyle:
         Largest absolute log of the exponent.
     coarsen
         Largest factor of coarser sampling along one axis.
+    clip
+        Largest part of the intensity range that is cut off at either end: what lies there becomes
+        as flat as air that was masked out.
     """
 
     labels: int = 16
@@ -48,6 +51,7 @@ class ShapeStyle:
     texture: float = 0.08
     gamma: float = 0.5
     coarsen: float = 2.5
+    clip: float = 0.2
 
 
 def smooth_noise(
@@ -170,6 +174,8 @@ def random_contrast(
     image = image + noise * _strength(generator, batch, style.noise, axes)
     low, high = (edge(image.flatten(1), 1) for edge in (torch.amin, torch.amax))
     image = (image - _wide(low, axes)) / _wide((high - low).clamp(min=1e-6), axes)
+    below, above = (_strength(generator, batch, style.clip, axes) for _ in range(2))
+    image = ((image - below) / (1 - below - above)).clamp(0, 1)
     exponent = torch.exp((2 * _uniform(generator, (batch,)) - 1) * style.gamma)
     return image ** _wide(exponent, axes)
 

@@ -16,13 +16,17 @@ from fdl_bidsapp.models.bundle import (
     save_features,
 )
 from fdl_bidsapp.models.cifl import (
+    VARIED_SCALE,
+    VARIED_SHIFT,
     FeatureNetwork,
     FeatureSpec,
+    FrozenFeatures,
     cifl_loss,
     compute_features,
     standardise,
     unit_maps,
     unit_pixels,
+    vary_channels,
 )
 from fdl_bidsapp.models.fdl import METHODS, ModelSpec, build_network
 from fdl_bidsapp.models.inference import predict
@@ -133,6 +137,38 @@ def test_eight_convolutions_of_three_see_seventeen_pixels(dimensions):
     where = changed.nonzero()
     assert where.amin(0).tolist() == [2] * dimensions
     assert where.amax(0).tolist() == [18] * dimensions
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_the_border_is_no_edge(dimensions):
+    network = FeatureNetwork(FeatureSpec("n", dimensions, channels=3, width=4))
+    features = network(torch.full((1, 1, *(9,) * dimensions), 0.7)).flatten(2)
+    assert torch.allclose(features, features[..., :1].expand_as(features), atol=1e-6)
+
+
+def test_channels_vary_while_something_is_trained_on_them_and_never_after():
+    torch.manual_seed(0)
+    front = FrozenFeatures(FeatureNetwork(SMALL))
+    image = torch.rand(2, 1, 8, 8, 8)
+    varied = front.train()(image)
+    assert not torch.allclose(varied, front(image))
+    assert torch.allclose(varied.norm(dim=1), torch.ones(2, 8, 8, 8))
+    steady = front.eval()(image)
+    assert torch.equal(steady, front(image))
+    assert torch.equal(steady, unit_pixels(front.network(image)))
+
+
+def test_varied_channels_keep_what_is_in_them_and_lose_what_they_are():
+    images = torch.randn(400, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    one, again = (vary_channels(images, torch.Generator().manual_seed(2)) for _ in range(2))
+    assert torch.equal(one, again)
+    pairs = torch.stack([images.flatten(2), one.flatten(2)], 2).flatten(0, 1)
+    assert all(float(torch.corrcoef(pair)[0, 1]) > 0.999 for pair in pairs)
+    size = images.square().mean((1, 2, 3)).sqrt()
+    factors = one.flatten(2).std(2) / images.flatten(2).std(2)
+    shift = (one.mean((2, 3)) - factors * images.mean((2, 3))) / size[:, None]
+    assert float(factors.log().std()) == pytest.approx(VARIED_SCALE, rel=0.1)
+    assert float(shift.std()) == pytest.approx(VARIED_SHIFT, rel=0.1)
 
 
 def test_last_layer_is_linear():

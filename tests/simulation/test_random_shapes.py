@@ -14,7 +14,7 @@ from fdl_bidsapp.simulation.random_shapes import (
 )
 
 SHAPES = [(40, 32), (20, 18, 16)]
-CLEAN = ShapeStyle(bias=0, blur=0, noise=0, texture=0, gamma=0, coarsen=1)
+CLEAN = ShapeStyle(bias=0, blur=0, noise=0, texture=0, gamma=0, coarsen=1, clip=0)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -71,10 +71,22 @@ def test_every_part_of_the_style_shows():
     labels = random_labels(seeded(), 4, (48, 48))
     clean = random_contrast(seeded(1), labels, CLEAN)
     for name, value in {
-        "bias": 0.5, "blur": 2.0, "noise": 0.1, "texture": 0.1, "gamma": 0.8, "coarsen": 4.0
+        "bias": 0.5, "blur": 2.0, "noise": 0.1, "texture": 0.1, "gamma": 0.8, "coarsen": 4.0,
+        "clip": 0.4,
     }.items():  # fmt: skip
         varied = random_contrast(seeded(1), labels, replace(CLEAN, **{name: value}))
         assert (varied - clean).abs().mean() > 1e-3, name
+
+
+def test_cut_ends_of_the_range_are_flat_in_spite_of_noise():
+    labels = random_labels(seeded(), 16, (48, 48))
+    style = replace(CLEAN, noise=0.05, clip=0.4)
+    flat = [
+        float(((one == 0) | (one == 1)).float().mean())
+        for one in random_contrast(seeded(1), labels, style)
+    ]
+    assert max(flat) > 0.2
+    assert min(flat) < 0.05
 
 
 def test_a_larger_scale_is_smoother():
