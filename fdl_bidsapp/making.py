@@ -273,11 +273,7 @@ def network_inversion(model: str, device: str = "cpu") -> tuple[Inversion, str]:
     def invert(
         local: Array, mask: Array, spacing: Sequence[float], direction: Array, *_: object
     ) -> Array:
-        # The network knows fields that point along the third axis or nearly so.
-        along = int(np.argmax(np.abs(direction)))
-        local, mask = (np.moveaxis(data, along, 2) for data in (local, mask))
-        chi = predict_susceptibility(network, local, mask, bundle.spec.patch, device)
-        return np.moveaxis(chi, 2, along)
+        return predict_susceptibility(network, bundle.spec, local, mask, spacing, direction, device)
 
     return invert, f"network {bundle.spec.name}, SHA-256 {bundle.sha256}"
 

@@ -209,7 +209,12 @@ def masks(case: FieldCase, network: Path | None) -> Iterator[tuple[str, Array]]:
     yield CLASSICAL, brain_mask(case.magnitude, case.spacing)
     if network is not None:
         bundle = load_volume(network, "brain")
-        yield LEARNT, predict_brain(bundle.network(), case.magnitude, bundle.spec.patch)
+        yield (
+            LEARNT,
+            predict_brain(
+                bundle.network(), bundle.spec, case.magnitude, case.spacing, case.direction
+            ),
+        )
 
 
 def draw_maps(case: FieldCase, maps: dict[str, Array], figure: Path) -> None:

@@ -612,6 +612,7 @@ def _volume_spec_from_json(value: object) -> VolumeSpec:
             for key, option in _typed(values["backbone_options"], dict).items()
         },
         patch=_three(_typed(n, int) for n in _typed(values["patch"], list)),
+        spacing=_three(float(_typed(n, int, float)) for n in _typed(values["spacing"], list)),
         provenance=_typed(values["provenance"], dict),
     )
 

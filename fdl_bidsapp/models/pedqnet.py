@@ -14,6 +14,7 @@ from itertools import product
 from typing import cast
 
 import numpy as np
+import scipy.ndimage as ndi
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +23,12 @@ from fdl_bidsapp.errors import ModelError
 from fdl_bidsapp.models.backbones import BACKBONES, Backbone
 from fdl_bidsapp.models.layers import Convolution3d
 from fdl_bidsapp.physics.dipole import dipole_kernel
+from fdl_bidsapp.physics.upright import UprightGrid
 
 Array = np.ndarray
+
+CUBIC = 3
+"""Order of the splines that sample fields and susceptibility: linear ones blur."""
 
 TASKS = ("susceptibility", "brain")
 
@@ -43,6 +48,9 @@ class VolumeSpec:
         A name in :data:`fdl_bidsapp.models.backbones.BACKBONES`, and its options.
     patch
         Voxels along each axis that the network sees at once.
+    spacing
+        Their size in mm. What the network reads is brought to this size, and upright in the
+        magnet: see :class:`fdl_bidsapp.physics.upright.UprightGrid`.
     provenance
         How the network came to be, JSON values.
 
@@ -57,6 +65,7 @@ class VolumeSpec:
     backbone: str = "unet"
     backbone_options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
     patch: tuple[int, int, int] = (96, 96, 96)
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
     provenance: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +82,11 @@ class VolumeSpec:
         if len(self.patch) != 3 or not all(type(n) is int and 16 <= n <= 512 for n in self.patch):
             raise ModelError(
                 f"the network's patch is {self.patch!r}", "give three lengths from 16 to 512"
+            )
+        if len(self.spacing) != 3 or not all(0.1 <= size <= 10 for size in self.spacing):
+            raise ModelError(
+                f"the network's voxel size is {self.spacing!r}",
+                "give three lengths of 0.1 to 10 mm",
             )
 
 
@@ -245,9 +259,11 @@ def _window(patch: Sequence[int]) -> Tensor:
 
 def predict_susceptibility(
     network: nn.Module,
+    spec: VolumeSpec,
     local_field: Array,
     mask: Array,
-    patch: Sequence[int],
+    spacing: Sequence[float],
+    direction: Sequence[float] | Array,
     device: torch.device | str = "cpu",
 ) -> Array:
     """Reconstruct susceptibility from a local field.
@@ -256,30 +272,63 @@ def predict_susceptibility(
     ----------
     network
         Trained by ``fdl train --recipe pedqnet``.
+    spec
+        Its specification.
     local_field : (X, Y, Z) array
         ppm.
     mask : (X, Y, Z) bool array
         Where the field is known.
-    patch, device
-        As for :func:`predict_volume`.
+    spacing
+        Voxel size in mm.
+    direction
+        Unit vector of B0 in voxel axes.
+    device
+        Where to compute.
 
     Returns
     -------
     (X, Y, Z) float32 array
         ppm, zero outside the mask.
     """
-    scale = field_scale(local_field, mask)
-    chi = predict_volume(network, np.where(mask, local_field / scale, 0), patch, device)
-    return np.where(mask, scale * chi, 0).astype(np.float32)
+    grid = UprightGrid(mask.shape, spacing, direction, spec.spacing)
+    field, inside = upright_field(grid, local_field, mask)
+    scale = field_scale(field, inside)
+    chi = predict_volume(network, field / scale, spec.patch, device)
+    chi = grid.put_back(_continued(scale * chi, inside), CUBIC)
+    return np.where(mask, chi, 0).astype(np.float32)
+
+
+def upright_field(grid: UprightGrid, local_field: Array, mask: Array) -> tuple[Array, Array]:
+    """Return a local field on an upright grid, 0 outside the mask, and the mask there."""
+    inside = grid.take(mask.astype(np.float32)) > 0.5
+    field = grid.take(_continued(local_field, mask), CUBIC)
+    return np.where(inside, field, 0).astype(np.float32), inside
+
+
+def _continued(volume: Array, mask: Array) -> Array:
+    """Let a volume go on beyond a mask as it ends at the rim, where splines would ring."""
+    if mask.any():
+        nearest = ndi.distance_transform_edt(~mask, return_distances=False, return_indices=True)
+        volume = volume[tuple(nearest)]
+    return np.asarray(volume, np.float32)
 
 
 def predict_brain(
-    network: nn.Module, magnitude: Array, patch: Sequence[int], device: torch.device | str = "cpu"
+    network: nn.Module,
+    spec: VolumeSpec,
+    magnitude: Array,
+    spacing: Sequence[float],
+    direction: Sequence[float] | Array = (0.0, 0.0, 1.0),
+    device: torch.device | str = "cpu",
 ) -> Array:
-    """Find the brain in a magnitude image, (X, Y, Z), as a bool array of the same grid."""
-    image = scaled_magnitude(magnitude)
-    logits = predict_volume(network, image, patch, device, surround=False)
-    return logits > 0
+    """Find the brain in a magnitude image, (X, Y, Z), as a bool array of the same grid.
+
+    The parameters are those of :func:`predict_susceptibility`.
+    """
+    grid = UprightGrid(magnitude.shape, spacing, direction, spec.spacing)
+    image = grid.take(scaled_magnitude(magnitude))
+    logits = predict_volume(network, image, spec.patch, device, surround=False)
+    return grid.put_back((logits > 0).astype(np.float32)) > 0.5
 
 
 def scaled_magnitude(magnitude: Array) -> Array:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fdl_bidsapp.models.pedqnet import upright_field
 from fdl_bidsapp.physics import GAMMA_BAR
 from fdl_bidsapp.physics.dipole import field_direction, field_from_susceptibility
+from fdl_bidsapp.physics.upright import UprightGrid
 from fdl_bidsapp.simulation.contrast import susceptibility_map
 from fdl_bidsapp.simulation.head import Head, build_head
 from fdl_bidsapp.simulation.scan import scan_geometry
@@ -126,6 +128,32 @@ def simulate_field(
         radians_per_ppm,
         subcortical_labels(head),
         chi,
+    )
+
+
+def upright_case(case: FieldCase, spacing: Sequence[float]) -> FieldCase:
+    """Bring a case to a network's own grid; see :class:`~fdl_bidsapp.physics.upright.UprightGrid`.
+
+    Parameters
+    ----------
+    case
+        Of any voxel size and field direction.
+    spacing
+        The network's voxel size in mm.
+    """
+    grid = UprightGrid(case.mask.shape, case.spacing, case.direction, spacing)
+    local_field, mask = upright_field(grid, case.local_field, case.mask)
+    x, y, z = spacing
+    return replace(
+        case,
+        local_field=local_field,
+        mask=mask,
+        weight=np.where(mask, grid.take(case.weight), 0).astype(np.float32),
+        magnitude=grid.take(case.magnitude.astype(np.float32)),
+        spacing=(x, y, z),
+        direction=np.array([0.0, 0.0, 1.0]),
+        labels=None if case.labels is None else grid.take(case.labels, order=0),
+        susceptibility=None,
     )
 
 

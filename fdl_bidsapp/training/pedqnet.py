@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,14 @@ from fdl_bidsapp.models.pedqnet import (
     scaled_magnitude,
     segmentation_loss,
 )
-from fdl_bidsapp.training.fields import SUBCORTICAL, FieldCase, draw_patch, simulate_field
+from fdl_bidsapp.training.fields import (
+    INFANT_SPACING,
+    SUBCORTICAL,
+    FieldCase,
+    draw_patch,
+    simulate_field,
+    upright_case,
+)
 from fdl_bidsapp.training.fit import draw_training_curve, run_folder, with_values
 from fdl_bidsapp.training.loop import Schedule, train
 
@@ -86,8 +93,8 @@ class VolumeSettings:
     infants
         Share of them that are infants' heads.
     grid_spacing
-        Voxel size of the simulated heads in mm. If empty, it is drawn for adults (:data:`IN_PLANE`,
-        :data:`SLICE_THICKNESS`) and 0.78 × 0.78 × 2 mm for infants.
+        The network's voxel size in mm. Heads are simulated in voxels of many sizes and brought to
+        it.
     recipe
         ``pedqnet`` or ``brainmask``.
     recipe_options
@@ -104,7 +111,7 @@ class VolumeSettings:
     segmenter_options: Mapping[str, Any] = field(default_factory=dict)
     cases: int = 24
     infants: float = 0.5
-    grid_spacing: tuple[float, ...] = ()
+    grid_spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
     recipe: str = "pedqnet"
     recipe_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -207,8 +214,8 @@ def make_volume_settings(values: Mapping[str, Any]) -> VolumeSettings:
         (
             "spacing",
             settings.grid_spacing,
-            len(settings.grid_spacing) in (0, 3),
-            "three lengths in mm",
+            len(settings.grid_spacing) == 3 and all(0.1 <= n <= 10 for n in settings.grid_spacing),
+            "three lengths of 0.1 to 10 mm",
         ),
         ("number of steps", recipe.steps, recipe.steps >= 1, "a whole number from 1"),
         ("batch", recipe.batch, recipe.batch >= 1, "a whole number from 1"),
@@ -224,7 +231,7 @@ def fit_volume(
     *,
     device: str = "auto",
     max_minutes: float = float("inf"),
-    cases: Sequence[FieldCase] | None = None,
+    cases: Iterable[FieldCase] | None = None,
 ) -> Path:
     """Train a reconstruction or a brain mask, and write the model file.
 
@@ -240,7 +247,7 @@ def fit_volume(
     max_minutes
         The schedule is shortened to end within this time, all runs together.
     cases
-        What to train on, instead of simulated heads.
+        What to train on, instead of simulated heads; of any voxel sizes and directions.
 
     Returns
     -------
@@ -259,6 +266,7 @@ def fit_volume(
         settings.backbone,
         dict(settings.backbone_options),
         cast(tuple[int, int, int], settings.grid_shape),
+        cast(tuple[float, float, float], settings.grid_spacing),
     )
     where = resolve_device(device)
     folder = run_folder(output)
@@ -271,7 +279,8 @@ def fit_volume(
         whole = PhysicsTraining(network, Segmenter(settings) if joint else None)
     else:
         whole = MaskTraining(network)
-    data = list(cases) if cases is not None else simulate_cases(settings)
+    drawn = simulate_cases(settings) if cases is None else cases
+    data = [upright_case(case, settings.grid_spacing) for case in drawn]
     draw = FieldPatches(data, settings, recipe) if physical else MaskPatches(data, settings, recipe)
 
     def loss(outputs: list[Tensor], targets: Tensor) -> Tensor:
@@ -308,21 +317,19 @@ def fit_volume(
     return output
 
 
-def simulate_cases(settings: VolumeSettings) -> list[FieldCase]:
+def simulate_cases(settings: VolumeSettings) -> Iterator[FieldCase]:
     """Simulate the heads that settings ask for, infants first, with more noise and less."""
     infants = round(settings.cases * settings.infants)
-    cases = []
     for number in range(settings.cases):
         rng = np.random.default_rng([settings.seed, number, 1])
         infant = number < infants
-        spacing: tuple[float, ...] | None = settings.grid_spacing or None
-        if spacing is None and not infant:
+        spacing = INFANT_SPACING
+        if not infant:
             in_plane = rng.uniform(*IN_PLANE)
             spacing = (in_plane, in_plane, max(in_plane, rng.uniform(*SLICE_THICKNESS)))
         snr = float(np.exp(rng.uniform(*np.log(SNR))))
         seed = [settings.seed, number]
-        cases.append(simulate_field(seed, infant=infant, spacing=spacing, snr=snr))
-    return cases
+        yield simulate_field(seed, infant=infant, spacing=spacing, snr=snr)
 
 
 class FieldPatches:

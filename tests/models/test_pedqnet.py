@@ -54,13 +54,15 @@ def test_windows_blend_to_what_the_network_gives():
 
 def test_susceptibility_grows_with_the_field_and_is_zero_outside_the_mask():
     torch.manual_seed(0)
-    network = VolumeNetwork(VolumeSpec("x", backbone_options=SMALL)).eval()
+    spec = VolumeSpec("x", backbone_options=SMALL, patch=(16, 16, 16))
+    network = VolumeNetwork(spec).eval()
     nn.init.normal_(network.last.weight)
+    where = ((0.9, 0.9, 2.0), (0.1, 0.0, 0.995))
     field = np.random.default_rng(0).normal(0, 0.02, (20, 18, 16)).astype(np.float32)
     mask = np.zeros(field.shape, bool)
     mask[3:-3, 3:-3, 3:-3] = True
-    one = predict_susceptibility(network, field, mask, (16, 16, 16))
-    three = predict_susceptibility(network, 3 * field, mask, (16, 16, 16))
+    one = predict_susceptibility(network, spec, field, mask, *where)
+    three = predict_susceptibility(network, spec, 3 * field, mask, *where)
     assert one[mask].std() > 0
     assert not one[~mask].any()
     np.testing.assert_allclose(three, 3 * one, rtol=1e-3, atol=1e-5)
@@ -116,6 +118,8 @@ def test_a_network_of_another_task_is_refused(tmp_path):
         {"backbone": "none"},
         {"patch": (8, 96, 96)},
         {"patch": (96, 96)},
+        {"spacing": (1.0, 1.0)},
+        {"spacing": (1.0, 1.0, 0.0)},
     ],
 )
 def test_specifications_that_cannot_be_are_refused(wrong):

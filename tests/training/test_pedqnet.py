@@ -68,12 +68,17 @@ def settings(**values):
 
 
 def test_physics_alone_teaches_more_than_thresholded_division_knows(tmp_path, case):
+    # The grid holds the turned head.
     path = fit_volume(
-        settings(recipe_options={"steps": 150}), tmp_path / "x.safetensors", cases=[case]
+        settings(recipe_options={"steps": 150}, grid_shape=[32, 32, 32]),
+        tmp_path / "x.safetensors",
+        cases=[case],
     )
     bundle = load_volume(path, "susceptibility")
     network = bundle.network()
-    found = predict_susceptibility(network, case.local_field, case.mask, bundle.spec.patch)
+    found = predict_susceptibility(
+        network, bundle.spec, case.local_field, case.mask, case.spacing, case.direction
+    )
     plain = thresholded_division(case.local_field, case.mask, case.spacing, case.direction)
     assert error(found, case) < error(plain, case)
     assert bundle.spec.provenance["steps"] == 150
@@ -112,7 +117,9 @@ def test_the_brain_mask_is_learnt(tmp_path, case):
         cases=[case],
     )
     bundle = load_volume(path, "brain")
-    found = predict_brain(bundle.network(), 1000 * case.magnitude, bundle.spec.patch)
+    found = predict_brain(
+        bundle.network(), bundle.spec, 1000 * case.magnitude, case.spacing, case.direction
+    )
     assert 2 * (found & case.mask).sum() / (found.sum() + case.mask.sum()) > 0.9
 
 
@@ -133,6 +140,7 @@ def test_patches_hold_the_voxel_they_are_drawn_around(case):
         {"cases": 0},
         {"infants": 1.5},
         {"grid_spacing": [1.0]},
+        {"grid_spacing": [1.0, 1.0, 0.0]},
         {"recipe_options": {"steps": 0}},
         {"recipe_options": {"magic": 1}},
         {"colour": "red"},
