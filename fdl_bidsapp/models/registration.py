@@ -1,25 +1,29 @@
 """A small registration network: two images in, a dense displacement out.
 
-The network is a U-Net on the channels of both images, at half their resolution; its output moves
-one image onto the other by a spatial transformer. It is trained without labels, by the likeness of
-the moved and the fixed channels and the smoothness of the displacement. Source: Balakrishnan et
-al., VoxelMorph, IEEE TMI 2019;38:1788-1800.
+U-Nets on the channels of both images, at coarse resolution and then at finer ones, give the
+displacement that moves one image onto the other by a spatial transformer. They are trained without
+labels, by the likeness of the moved and the fixed channels and the smoothness of the displacement.
+Source: Balakrishnan et al., VoxelMorph, IEEE TMI 2019;38:1788-1800.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdl_bidsapp.models.backbones import UNet
-from fdl_bidsapp.models.layers import convolution_block
 
 
 class RegistrationNetwork(nn.Module):
-    """A U-Net that gives the displacement from a fixed image to a moving one.
+    """U-Nets that give the displacement from a fixed image to a moving one, coarse to fine.
+
+    Each stage sees averages over squares or cubes of both images, the moving one as the stages
+    before have left it, and adds its own displacement. Coarse ones find turns and shifts that fine
+    detail would only hide.
 
     Parameters
     ----------
@@ -28,7 +32,9 @@ class RegistrationNetwork(nn.Module):
     channels
         Channels of each image.
     width, levels
-        Of the U-Net.
+        Of the U-Nets.
+    sides
+        Sides of the squares or cubes of each stage, in pixels.
 
     Examples
     --------
@@ -38,17 +44,26 @@ class RegistrationNetwork(nn.Module):
     (torch.Size([1, 3, 9, 8]), torch.Size([1, 2, 9, 8]))
     """
 
-    def __init__(self, dimensions: int, channels: int, *, width: int = 16, levels: int = 4) -> None:
+    def __init__(
+        self,
+        dimensions: int,
+        channels: int,
+        *,
+        width: int = 16,
+        levels: int = 4,
+        sides: Sequence[int] = (4, 2),
+    ) -> None:
         super().__init__()
-        # Displacements are smooth: half the resolution is enough for them, and much cheaper.
-        self.stem = convolution_block(2 * channels, width, 2, dimensions)
-        self.backbone = UNet(dimensions, width, width=width, levels=levels)
-        self.mode = "bilinear" if dimensions == 2 else "trilinear"
+        self.sides = tuple(sides)
+        self.stages = nn.ModuleList(
+            UNet(dimensions, 2 * channels, width=width, levels=levels) for _ in sides
+        )
         convolution = nn.Conv2d if dimensions == 2 else nn.Conv3d
-        self.head = convolution(width, dimensions, 3, padding=1)
-        # Training starts from very nearly no displacement.
-        nn.init.normal_(self.head.weight, std=1e-3)
-        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        self.heads = nn.ModuleList(convolution(width, dimensions, 3, padding=1) for _ in sides)
+        for head in self.heads:
+            # Training starts from very nearly no displacement.
+            nn.init.normal_(cast(Tensor, head.weight), std=1e-3)
+            nn.init.zeros_(cast(Tensor, head.bias))
 
     def forward(self, moving: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
         """Register a moving image to a fixed one.
@@ -67,11 +82,21 @@ class RegistrationNetwork(nn.Module):
             In pixels; see :func:`warp`.
         """
         (fixed,) = others
-        features = self.backbone.features(self.stem(torch.cat([moving, fixed], dim=1)))
-        displacement = F.interpolate(
-            self.head(features).float(), moving.shape[2:], mode=self.mode, align_corners=True
-        )
-        return [warp(moving, displacement), displacement]
+        dimensions = fixed.ndim - 2
+        pool = F.avg_pool2d if dimensions == 2 else F.avg_pool3d
+        mode = "bilinear" if dimensions == 2 else "trilinear"
+        total = torch.zeros_like(fixed[:, :1]).float().repeat(1, dimensions, *[1] * dimensions)
+        moved = moving
+        for side, stage, head in zip(self.sides, self.stages, self.heads, strict=True):
+            pair = pool(torch.cat([moved, fixed], dim=1), side, ceil_mode=True)
+            features = cast(UNet, stage).features(pair)
+            # In pixels of the full grid, so that all stages learn alike.
+            here = F.interpolate(
+                head(features).float() * side, fixed.shape[2:], mode=mode, align_corners=False
+            )
+            total = here + warp(total, here)
+            moved = warp(moving, total)
+        return [moved, total]
 
 
 def warp(image: Tensor, displacement: Tensor, mode: str = "bilinear") -> Tensor:
