@@ -82,6 +82,8 @@ The abstract leaves some things open. What was found:
   flat, and is no noise.
 * Features of two contrasts are alike, not equal, and a network that sees T1 only finds in the rest
   what tells T1. While it is trained, each channel is therefore scaled and shifted at random.
+* A registration network on features at full resolution hardly learns: their detail hides turns and
+  shifts. Ours goes from averages over eight pixels to two (`fdl_bidsapp/models/registration.py`).
 * The finished channels are brought to mean 0 and deviation 1 over random shapes, which the loss
   leaves open and which the unit length at each pixel needs.
 

@@ -62,7 +62,7 @@ TEST = ("1002", "1005", "1008", "1011", "1014", "1018")
 REMAPPED = ((0.0, 0.25, 0.5, 0.7, 0.85, 1.0), (0.1, 0.2, 0.95, 0.6, 0.35, 0.3))
 """Intensities of T1 and what becomes of them: no order is kept, grey matter is the brightest."""
 
-SMOOTHNESS = 0.5
+SMOOTHNESS = 0.3
 """Weight of the smoothness in the loss of the registration."""
 
 AXES = ("task", "features", "tau_channels", "contrast", "seed")
@@ -274,7 +274,7 @@ def registration(
         return registration_loss(warp(moving, displacement), fixed, displacement, SMOOTHNESS)
 
     torch.manual_seed(seed)
-    schedule = Schedule(1500, learning_rate=2e-3, weight_decay=1e-4, average=0.99)
+    schedule = Schedule(1500, learning_rate=4e-3, weight_decay=1e-4, average=0.99)
     network = RegistrationNetwork(2, channels, width=16, levels=4)
     trained = train(network, draw, loss, schedule, folder, CPU).network
     rows: list[dict[str, Any]] = []

@@ -51,7 +51,7 @@ class RegistrationNetwork(nn.Module):
         *,
         width: int = 16,
         levels: int = 4,
-        sides: Sequence[int] = (4, 2),
+        sides: Sequence[int] = (8, 4, 2),
     ) -> None:
         super().__init__()
         self.sides = tuple(sides)
@@ -159,7 +159,7 @@ def registration_loss(
     fixed: Tensor,
     displacement: Tensor,
     smoothness: float,
-    scales: Sequence[int] = (1, 2, 4, 8),
+    scales: Sequence[int] = (2, 4, 8, 16, 32),
 ) -> Tensor:
     """Return the distance of two images at several scales, plus the weighted :func:`roughness`.
 
@@ -173,8 +173,8 @@ def registration_loss(
     smoothness
         Weight of the roughness.
     scales
-        Sides of the squares or cubes, in pixels. The mean over the scales is taken of the squared
-        distance over the variance of the fixed image.
+        Sides of the squares or cubes, in pixels; those of which two fit. The mean over the scales
+        is taken of the squared distance over the variance of the fixed image.
 
     Examples
     --------
@@ -191,7 +191,7 @@ def registration_loss(
         pool(moved - fixed, side).square().mean()
         / pool(varying, side).square().mean().clamp(min=1e-8)
         for side in scales
-        if side <= min(fixed.shape[2:])
+        if 2 * side <= min(fixed.shape[2:])
     ]
     return torch.stack(distances).mean() + smoothness * roughness(displacement)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy.ndimage as ndi
 
 from fdl_bidsapp.models.pedqnet import upright_field
 from fdl_bidsapp.physics import GAMMA_BAR
@@ -27,6 +28,9 @@ INFANT_SPACING = (0.78, 0.78, 2.0)
 INFANT_SCALE = (0.66, 0.85)
 """Length of a head in the first two years over an adult's: head circumference grows from some 35
 to 48 cm, and is 56 cm in adults (WHO Child Growth Standards, 2007)."""
+
+RIM = 2.0
+"""mm of the brain's rim that the removal of the background field takes away."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,9 @@ def simulate_field(
     age = float(rng.uniform(0.1, 2.0)) if infant else float(rng.uniform(20, 80))
     tissues = draw_tissues(rng, Person(age=age), field_strength=field_strength)
     chi = susceptibility_map(head, tissues, rng)
-    mask = head.brain & (np.abs(chi) < 1)
+    # Bone and air in the outermost voxels would be most of all susceptibility there is.
+    mask = ndi.distance_transform_edt(head.brain, size) > RIM
+    mask &= np.abs(chi) < 1
     chi = np.where(mask, chi - chi[mask].mean(), 0).astype(np.float32)
     direction = field_direction(affine)
     field = field_from_susceptibility(chi, size, direction)
