@@ -308,25 +308,24 @@ def train_parts(
     """Train the network that segments, phase by phase."""
     torch.manual_seed(options.seed)
     network: torch.nn.Module = build_network(replace(spec, locator=None, regions=()))
+    windows = SimulatedWindows(
+        files,
+        dict(spec.intensity),
+        mirrored(spec.labels),
+        SHARES,
+        values(spec.labels),
+        SEVERITY,
+        theta=spec.theta,
+        low_share=0.3,
+        region_shares=REGION_SHARES,
+        astray=ASTRAY,
+    )
     steps = 0
     for name, phase in PHASES.items():
-        windows = SimulatedWindows(
-            files,
-            dict(spec.intensity),
-            mirrored(spec.labels),
-            dict(phase.targets),
-            values(spec.labels),
-            SEVERITY,
-            theta=spec.theta,
-            low_share=0.3,
-            region_shares=REGION_SHARES,
-            astray=ASTRAY,
-            cut_off=phase.cut_off,
-        )
+        # All scans were read once to find their regions.
+        windows.contrasts, windows.cut_off = dict(phase.targets), phase.cut_off
 
-        def draw(
-            step: int, _: float, name: str = name, windows: SimulatedWindows = windows
-        ) -> Batch:
+        def draw(step: int, _: float, name: str = name) -> Batch:
             rng = np.random.default_rng([options.seed, list(PHASES).index(name), step])
             return windows.draw(rng, GRID.shape, JITTER, options.batch)
 

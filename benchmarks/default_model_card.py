@@ -42,9 +42,10 @@ atlas (Pauli et al., Sci. Data 5 (2018) 180063; CC BY 4.0) and the Allen Human R
 et al., J. Comp. Neurol. 524 (2016) 3127-3481; CC BY 4.0); the other four were not trained on and
 are those measured above. The template is ICBM 2009a symmetric, which comes with nilearn (Fonov et
 al., NeuroImage 54 (2011) 313-327). No image of a person was used, and no expert drew a label. The
-recipe is `benchmarks/default_model.py`, but for its early phases, which were run on a part of these
-scans before it drew stray windows, ends of the field of view and slabs; docs/simulation.md lists
-every effect of the simulator with its range and source.
+recipe is `benchmarks/default_model.py` without its last phase, which was not run yet, and but for
+its early phases, which were run on a part of these scans before it drew stray windows, ends of the
+field of view and slabs; docs/simulation.md lists every effect of the simulator with its range and
+source.
 
 **What was not checked.** Any real scan with experts' labels. The nuclei of the label maps are one
 template's shapes, deformed; white matter has no fibres, lesions and atrophy are missing. Expect it

@@ -85,7 +85,7 @@ class RegistrationNetwork(nn.Module):
         dimensions = fixed.ndim - 2
         pool = F.avg_pool2d if dimensions == 2 else F.avg_pool3d
         mode = "bilinear" if dimensions == 2 else "trilinear"
-        total = torch.zeros_like(fixed[:, :1]).float().repeat(1, dimensions, *[1] * dimensions)
+        total = torch.zeros(len(fixed), dimensions, *fixed.shape[2:], device=fixed.device)
         moved = moving
         for side, stage, head in zip(self.sides, self.stages, self.heads, strict=True):
             pair = pool(torch.cat([moved, fixed], dim=1), side, ceil_mode=True)

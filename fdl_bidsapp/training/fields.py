@@ -56,6 +56,8 @@ class FieldCase:
         Subcortical structures, or ``None`` where they are not known.
     susceptibility : (X, Y, Z) float32 array
         The truth in ppm, to measure with and never to train with; ``None`` where it is not known.
+    brain : (X, Y, Z) bool array
+        The whole brain, also where its field is not known; ``None`` if that is the mask.
     """
 
     local_field: Array
@@ -67,6 +69,7 @@ class FieldCase:
     radians_per_ppm: float
     labels: Array | None = None
     susceptibility: Array | None = None
+    brain: Array | None = None
 
 
 def simulate_field(
@@ -134,6 +137,7 @@ def simulate_field(
         radians_per_ppm,
         subcortical_labels(head),
         chi,
+        head.brain,
     )
 
 
@@ -149,6 +153,7 @@ def upright_case(case: FieldCase, spacing: Sequence[float]) -> FieldCase:
     """
     grid = UprightGrid(case.mask.shape, case.spacing, case.direction, spacing)
     local_field, mask = upright_field(grid, case.local_field, case.mask)
+    brain = case.brain
     x, y, z = spacing
     return replace(
         case,
@@ -160,6 +165,7 @@ def upright_case(case: FieldCase, spacing: Sequence[float]) -> FieldCase:
         direction=np.array([0.0, 0.0, 1.0]),
         labels=None if case.labels is None else grid.take(case.labels, order=0),
         susceptibility=None,
+        brain=None if brain is None else grid.take(brain.astype(np.float32)) > 0.5,
     )
 
 

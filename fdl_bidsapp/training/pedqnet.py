@@ -375,11 +375,15 @@ class MaskPatches:
     def __init__(
         self, cases: Sequence[FieldCase], settings: VolumeSettings, recipe: VolumeRecipe
     ) -> None:
-        everywhere = [
-            replace(case, labels=case.mask.astype(np.uint8), mask=np.ones_like(case.mask))
+        self.cases = [
+            replace(
+                case,
+                labels=(case.mask if case.brain is None else case.brain).astype(np.uint8),
+                mask=np.ones_like(case.mask),
+                magnitude=scaled_magnitude(case.magnitude),
+            )
             for case in cases
         ]
-        self.cases = [replace(c, magnitude=scaled_magnitude(c.magnitude)) for c in everywhere]
         self.settings, self.recipe = settings, recipe
 
     def __call__(self, step: int, progress: float) -> tuple[Tensor, ...]:

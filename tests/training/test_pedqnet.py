@@ -11,8 +11,13 @@ from fdl_bidsapp.models.bundle import load_volume
 from fdl_bidsapp.models.pedqnet import predict_brain, predict_susceptibility
 from fdl_bidsapp.physics.dipole import field_from_susceptibility
 from fdl_bidsapp.physics.inversion import thresholded_division
-from fdl_bidsapp.training.fields import FieldCase, draw_patch
-from fdl_bidsapp.training.pedqnet import fit_volume, make_volume_settings
+from fdl_bidsapp.training.fields import FieldCase, draw_patch, upright_case
+from fdl_bidsapp.training.pedqnet import (
+    MaskPatches,
+    VolumeRecipe,
+    fit_volume,
+    make_volume_settings,
+)
 
 SIDE = 24
 SMALL = {"width": 8, "levels": 3}
@@ -121,6 +126,16 @@ def test_the_brain_mask_is_learnt(tmp_path, case):
         bundle.network(), bundle.spec, 1000 * case.magnitude, case.spacing, case.direction
     )
     assert 2 * (found & case.mask).sum() / (found.sum() + case.mask.sum()) > 0.9
+
+
+def test_the_brain_to_learn_has_its_rim_where_the_field_has_not(case):
+    rimless = replace(case, mask=place((0, 0, 0)) < 8, brain=case.mask)
+    given = settings(recipe="brainmask")
+    _, classes = MaskPatches([rimless], given, VolumeRecipe(batch=1))(0, 0.0)
+    assert int(classes.sum()) == case.mask.sum()
+    upright = upright_case(rimless, given.grid_spacing)
+    assert (upright.brain | ~upright.mask).all()
+    assert upright.brain.sum() == pytest.approx(case.mask.sum(), rel=0.02)
 
 
 def test_patches_hold_the_voxel_they_are_drawn_around(case):
