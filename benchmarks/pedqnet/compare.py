@@ -2,12 +2,14 @@
 
     fdl train benchmarks/pedqnet/joint.toml --output pedqnet.safetensors
     fdl train benchmarks/pedqnet/physics.toml --output physics.safetensors
+    fdl train benchmarks/pedqnet/field.toml --output field.safetensors
     fdl train benchmarks/pedqnet/brainmask.toml --output brainmask.safetensors
     python benchmarks/pedqnet/compare.py pedqnet.safetensors physics.safetensors \\
-        [--brain brainmask.safetensors] [--heads N]
+        [--field field.safetensors] [--brain brainmask.safetensors] [--heads N]
     python benchmarks/pedqnet/compare.py --page-only
 
-The second network is the first one trained without the segmentation. On heads that no training has
+The second network is the first one trained without the segmentation, the third one reads the field
+alone and is trained without it too. On heads that no training has
 seen, both are compared with thresholded division and total variation: NRMSE and XSIM in the brain,
 error and sharpness at the surfaces of the deep nuclei. The dipole that lies between a map and the
 field it was made of is compared with the analytic one. Brain masks are compared with the head's
@@ -21,6 +23,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import fill
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import matplotlib
@@ -58,7 +61,8 @@ UNSEEN = 7_000_000
 
 DIVISION, VARIATION = "thresholded division", "total variation"
 PHYSICS, JOINT = "PedQ-NET without segmentation", "PedQ-NET"
-METHODS = (DIVISION, VARIATION, PHYSICS, JOINT)
+FIELD = "PedQ-NET of the field alone, without segmentation"
+METHODS = (DIVISION, VARIATION, FIELD, PHYSICS, JOINT)
 CLASSICAL, LEARNT = "classical mask", "network"
 
 MEASURES = {
@@ -80,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("joint", nargs="?", type=Path, help="trained with the segmentation")
     parser.add_argument("physics", nargs="?", type=Path, help="trained without it")
+    parser.add_argument("--field", type=Path, help="trained without it, on the field alone")
     parser.add_argument("--brain", type=Path, help="a network that finds the brain")
     parser.add_argument("--heads", type=int, default=4, help="of each kind")
     parser.add_argument("--page-only", action="store_true", help="write the page of the tables")
@@ -99,6 +104,8 @@ def measure(options: argparse.Namespace) -> None:
         PHYSICS: network_inversion(str(options.physics))[0],
         JOINT: network_inversion(str(options.joint))[0],
     }
+    if options.field is not None:
+        methods[FIELD] = network_inversion(str(options.field))[0]
     networks = [load_volume(path, "susceptibility") for path in (options.joint, options.physics)]
     about = {
         "networks": " ".join(bundle.sha256[:12] for bundle in networks),
@@ -232,7 +239,7 @@ def draw_maps(case: FieldCase, maps: dict[str, Array], figure: Path) -> None:
                 aspect=case.spacing[1] / case.spacing[0],
             )
             axes[row, column].set_axis_off()
-        axes[0, column].set_title(name.replace(" without", "\nwithout"), fontsize=9)
+        axes[0, column].set_title(fill(name, 24), fontsize=8)
     with atomic_write(figure) as temporary:
         fig.savefig(temporary, dpi=90, format="png")
     plt.close(fig)
@@ -241,7 +248,9 @@ def draw_maps(case: FieldCase, maps: dict[str, Array], figure: Path) -> None:
 def draw_curves(curves: pd.DataFrame, figure: Path) -> None:
     """Draw profiles across the pallidum's surface, and the recovered dipoles."""
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    styles = dict(zip(("truth", *METHODS), ("k-", "C7:", "C0--", "C2-.", "C3-"), strict=True))
+    styles = dict(
+        zip(("truth", *METHODS), ("k-", "C7:", "C0--", "C1:", "C2-.", "C3-"), strict=True)
+    )
     panels = (
         ("edge", "infant", "Across the pallidum's surface, infants", "mm from the surface", "ppm"),
         ("edge", "adult", "Across the pallidum's surface, adults", "mm from the surface", "ppm"),
@@ -251,6 +260,8 @@ def draw_curves(curves: pd.DataFrame, figure: Path) -> None:
         chosen = curves[(curves["curve"] == curve) & (curves["kind"] == kind)]
         for name, style in styles.items():
             one = chosen[chosen["method"] == name]
+            if one.empty:
+                continue
             axis.plot(one["x"], one["value"], style, label=name)
         axis.set(title=title, xlabel=x, ylabel=y)
     axes[0].legend(fontsize=7)
@@ -274,7 +285,7 @@ def write_page() -> None:
         "| --- | --- |" + " ---: |" * len(MEASURES),
     ]
     for kind in ("infant", "adult"):
-        for method in METHODS:
+        for method in measured_methods(table):
             cells = [
                 f"{values(table, kind, method, what).mean():.{digits}f}"
                 for what, (_, digits) in MEASURES.items()
@@ -284,7 +295,9 @@ def write_page() -> None:
     for kind in ("infant", "adult"):
         for what, (name, digits) in MEASURES.items():
             told = [
-                f"{other} {difference(table, kind, other, what, digits)}" for other in METHODS[:3]
+                f"{other} {difference(table, kind, other, what, digits)}"
+                for other in measured_methods(table)
+                if other != JOINT
             ]
             lines.append(f"* {name}, {kind}s, minus that of {'; '.join(told)}.")
     lines += ["", "| heads | brain mask | Dice with the true brain |", "| --- | --- | ---: |"]
@@ -301,7 +314,7 @@ def write_page() -> None:
         "| --- | --- | ---: | ---: |",
     ]
     for kind in ("infant", "adult"):
-        for method in ("truth", *METHODS):
+        for method in ("truth", *measured_methods(table)):
             one = curves[
                 (curves["kind"] == kind)
                 & (curves["method"] == method)
@@ -320,6 +333,11 @@ def write_page() -> None:
         ]
     lines += ["", "![Edges and dipoles](images/pedqnet-curves.png)"]
     replace_part(PAGE, "benchmarks/pedqnet/compare.py", "\n".join(lines))
+
+
+def measured_methods(table: pd.DataFrame) -> list[str]:
+    """Return the methods of a table in their order."""
+    return [method for method in METHODS if (table["method"] == method).any()]
 
 
 def values(table: pd.DataFrame, kind: str, method: str, what: str) -> pd.Series:

@@ -1,9 +1,9 @@
 """PedQ-NET: networks that turn a local field into susceptibility, or a magnitude into a mask.
 
 The reconstruction is trained without susceptibility labels: what it gives is convolved with the
-dipole and compared with the field that it was given (:func:`model_loss`). Its convolutions are
-nnU-Net's plain ones: two of width three a level, instance normalisation, leaky ReLU, strided ones
-down and transposed ones up, and one linear channel at the end.
+dipole and compared with the measured field (:func:`model_loss`). Its convolutions are nnU-Net's
+plain ones: two of width three a level, instance normalisation, leaky ReLU, strided ones down and
+transposed ones up, and one linear channel at the end.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fdl_bidsapp.errors import ModelError
 from fdl_bidsapp.models.backbones import BACKBONES, Backbone
 from fdl_bidsapp.models.layers import Convolution3d
 from fdl_bidsapp.physics.dipole import dipole_kernel
+from fdl_bidsapp.physics.inversion import thresholded_division
 from fdl_bidsapp.physics.upright import UprightGrid
 
 Array = np.ndarray
@@ -31,6 +32,10 @@ CUBIC = 3
 """Order of the splines that sample fields and susceptibility: linear ones blur."""
 
 TASKS = ("susceptibility", "brain")
+
+UNIT = 5.0
+"""Susceptibility in terms of its field's root mean square, of which it has some three times as
+much: in a unit of its own size the last layer need not grow first."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class VolumeSpec:
         magnitude in, probability of the brain out.
     backbone, backbone_options
         A name in :data:`fdl_bidsapp.models.backbones.BACKBONES`, and its options.
+    division
+        Whether a network for susceptibility reads the thresholded division of the whole field as a
+        second channel. It is the field under a fixed linear filter, and brings to a patch what a
+        patch of the field alone cannot tell.
     patch
         Voxels along each axis that the network sees at once.
     spacing
@@ -64,6 +73,7 @@ class VolumeSpec:
     task: str = "susceptibility"
     backbone: str = "unet"
     backbone_options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+    division: bool = False
     patch: tuple[int, int, int] = (96, 96, 96)
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
     provenance: Mapping[str, object] = field(default_factory=dict)
@@ -79,6 +89,11 @@ class VolumeSpec:
                 raise ModelError(
                     f"the network's {what} is {value!r}", f"choose one of {', '.join(known)}"
                 )
+        if self.division and self.task != "susceptibility":
+            raise ModelError(
+                f"the network's task is {self.task} and it is to read a thresholded division",
+                "leave the division to networks for susceptibility",
+            )
         if len(self.patch) != 3 or not all(type(n) is int and 16 <= n <= 512 for n in self.patch):
             raise ModelError(
                 f"the network's patch is {self.patch!r}", "give three lengths from 16 to 512"
@@ -92,6 +107,10 @@ class VolumeSpec:
 
 class VolumeNetwork(nn.Module):
     """A backbone and one linear channel.
+
+    A backbone normalises its channels, so it cannot know how large its input was. Susceptibility
+    grows with the field: that network divides its input by the root mean square of each field, and
+    multiplies what it gives by it.
 
     Parameters
     ----------
@@ -107,8 +126,9 @@ class VolumeNetwork(nn.Module):
 
     def __init__(self, spec: VolumeSpec) -> None:
         super().__init__()
+        self.proportional = spec.task == "susceptibility"
         try:
-            self.backbone = BACKBONES[spec.backbone](1, **spec.backbone_options)
+            self.backbone = BACKBONES[spec.backbone](1 + spec.division, **spec.backbone_options)
             channels = cast(Backbone, self.backbone).feature_channels
         except TypeError as error:
             raise ModelError(
@@ -122,40 +142,50 @@ class VolumeNetwork(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Take ``(B, 1, X, Y, Z)`` to ``(B, 1, X, Y, Z)``."""
-        channels: Tensor = self.last(cast(Backbone, self.backbone).features(image))
-        return channels
+        """Take ``(B, C, X, Y, Z)`` to ``(B, 1, X, Y, Z)``.
+
+        Parameters
+        ----------
+        image
+            The field, and its division where the network reads it, 0 where they are not known; or
+            a magnitude.
+        """
+        if not self.proportional:
+            brain: Tensor = self.last(cast(Backbone, self.backbone).features(image))
+            return brain
+        local, axes = image[:, :1], (1, 2, 3, 4)
+        known = (local != 0).sum(axes, keepdim=True).clamp(min=1)
+        scale = (local.square().sum(axes, keepdim=True) / known).sqrt().clamp(min=1e-6)
+        chi: Tensor = self.last(cast(Backbone, self.backbone).features(image / scale))
+        return UNIT * scale * chi
 
 
 def convolve_dipole(
-    susceptibility: Tensor, spacings: Sequence[Sequence[float]], directions: Tensor
+    susceptibility: Tensor,
+    spacing: Sequence[float],
+    direction: Sequence[float] | Array = (0.0, 0.0, 1.0),
 ) -> Tensor:
-    """Convolve each map of a batch with the dipole of its own voxels and field direction.
+    """Convolve the maps of a batch with the dipole.
 
     Parameters
     ----------
     susceptibility : (B, 1, X, Y, Z) tensor
         ppm.
-    spacings
-        Voxel size of each map in mm.
-    directions : (B, 3) tensor
-        Unit vectors of B0 in voxel axes.
+    spacing
+        Voxel size in mm.
+    direction
+        Unit vector of B0 in voxel axes.
 
     Returns
     -------
     (B, 1, X, Y, Z) float32 tensor
         Field in ppm. The grid is padded to twice its size, so that the dipole does not wrap.
     """
-    shape = tuple(susceptibility.shape[-3:])
-    padded = tuple(2 * n for n in shape)
-    kernels = [
-        torch.from_numpy(dipole_kernel(padded, spacing, direction))
-        for spacing, direction in zip(spacings, directions.cpu().numpy(), strict=True)
-    ]
-    dipole = torch.stack(kernels)[:, None].to(susceptibility.device)
-    axes = (-3, -2, -1)
+    x, y, z = susceptibility.shape[-3:]
+    padded, axes = (2 * x, 2 * y, 2 * z), (-3, -2, -1)
+    dipole = dipole_kernel(padded, spacing, direction, susceptibility.device)
     spectrum = torch.fft.rfftn(susceptibility.float(), s=padded, dim=axes) * dipole
-    return torch.fft.irfftn(spectrum, s=padded, dim=axes)[..., : shape[0], : shape[1], : shape[2]]
+    return torch.fft.irfftn(spectrum, s=padded, dim=axes)[..., :x, :y, :z]
 
 
 def model_loss(modelled: Tensor, measured: Tensor, weight: Tensor) -> Tensor:
@@ -179,16 +209,6 @@ def model_loss(modelled: Tensor, measured: Tensor, weight: Tensor) -> Tensor:
     return (weight * chord).sum() / (weight > 0).sum().clamp(min=1)
 
 
-def field_scale(local_field: Array, mask: Array) -> float:
-    """Return the root mean square of a field over its mask, ppm.
-
-    The network normalises its channels, so it cannot know how large its input was: fields are
-    divided by this before it, and susceptibility is multiplied by it after.
-    """
-    values = np.asarray(local_field)[mask]
-    return max(float(np.sqrt(np.mean(values**2))) if values.size else 0.0, 1e-6)
-
-
 @torch.inference_mode()
 def predict_volume(
     network: nn.Module,
@@ -205,8 +225,8 @@ def predict_volume(
     ----------
     network
         In evaluation mode, on ``device``.
-    volume : (X, Y, Z) float array
-        What the network reads, in its unit.
+    volume : (C, X, Y, Z) float array
+        The channels that the network reads.
     patch
         Size of the windows.
     device
@@ -222,10 +242,11 @@ def predict_volume(
     (X, Y, Z) float32 array
     """
     half = [n // 2 if surround else 0 for n in patch]
-    sizes = [max(s + 2 * h, n) for s, h, n in zip(volume.shape, half, patch, strict=True)]
-    data = torch.zeros(tuple(sizes))
-    inner = tuple(slice(h, h + s) for h, s in zip(half, volume.shape, strict=True))
-    data[inner] = torch.from_numpy(np.ascontiguousarray(volume, np.float32))
+    shape = volume.shape[1:]
+    sizes = [max(s + 2 * h, n) for s, h, n in zip(shape, half, patch, strict=True)]
+    data = torch.zeros((len(volume), *sizes))
+    inner = tuple(slice(h, h + s) for h, s in zip(half, shape, strict=True))
+    data[(slice(None), *inner)] = torch.from_numpy(np.ascontiguousarray(volume, np.float32))
     total, weights = torch.zeros(tuple(sizes)), torch.zeros(tuple(sizes))
     window = _window(patch)
     starts = [
@@ -234,10 +255,11 @@ def predict_volume(
     ]
     for corner in product(*starts):
         place = tuple(slice(s, s + n) for s, n in zip(corner, patch, strict=True))
-        if not data[place].any():
+        seen = data[(slice(None), *place)]
+        if not seen.any():
             weights[place] += window
             continue
-        output = network(data[place][None, None].to(device))[0, 0].float().cpu()
+        output = network(seen[None].to(device))[0, 0].float().cpu()
         total[place] += window * output
         weights[place] += window
     return (total / weights)[inner].numpy()
@@ -292,10 +314,18 @@ def predict_susceptibility(
     """
     grid = UprightGrid(mask.shape, spacing, direction, spec.spacing)
     field, inside = upright_field(grid, local_field, mask)
-    scale = field_scale(field, inside)
-    chi = predict_volume(network, field / scale, spec.patch, device)
-    chi = grid.put_back(_continued(scale * chi, inside), CUBIC)
+    channels = field_channels(field, inside, spec)
+    chi = predict_volume(network, channels, spec.patch, device)
+    chi = grid.put_back(_continued(chi, inside), CUBIC)
     return np.where(mask, chi, 0).astype(np.float32)
+
+
+def field_channels(local_field: Array, mask: Array, spec: VolumeSpec) -> Array:
+    """Return what a network for susceptibility reads of an upright field, (C, X, Y, Z) float32."""
+    if not spec.division:
+        return np.asarray(local_field, np.float32)[None]
+    divided = thresholded_division(local_field, mask, spec.spacing)
+    return np.stack([local_field, divided]).astype(np.float32)
 
 
 def upright_field(grid: UprightGrid, local_field: Array, mask: Array) -> tuple[Array, Array]:
@@ -327,7 +357,7 @@ def predict_brain(
     """
     grid = UprightGrid(magnitude.shape, spacing, direction, spec.spacing)
     image = grid.take(scaled_magnitude(magnitude))
-    logits = predict_volume(network, image, spec.patch, device, surround=False)
+    logits = predict_volume(network, image[None], spec.patch, device, surround=False)
     return grid.put_back((logits > 0).astype(np.float32)) > 0.5
 
 

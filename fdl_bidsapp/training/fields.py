@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import numpy as np
 import scipy.ndimage as ndi
@@ -58,6 +59,8 @@ class FieldCase:
         The truth in ppm, to measure with and never to train with; ``None`` where it is not known.
     brain : (X, Y, Z) bool array
         The whole brain, also where its field is not known; ``None`` if that is the mask.
+    repeat : (X, Y, Z) float32 array
+        The same field measured once more, with noise of its own; ``None`` if it was not.
     """
 
     local_field: Array
@@ -70,6 +73,7 @@ class FieldCase:
     labels: Array | None = None
     susceptibility: Array | None = None
     brain: Array | None = None
+    repeat: Array | None = None
 
 
 def simulate_field(
@@ -82,7 +86,7 @@ def simulate_field(
     tilt: float = 12.0,
     snr: float = 40.0,
 ) -> FieldCase:
-    """Simulate the local field of a head, as it is after an ideal background removal.
+    """Simulate the local field of a head, as it is after an ideal background removal, twice.
 
     Parameters
     ----------
@@ -125,10 +129,13 @@ def simulate_field(
     typical = float(np.median(magnitude[mask]))
     radians_per_ppm = 2 * np.pi * GAMMA_BAR * field_strength * echo_time
     noise = typical / (snr * radians_per_ppm) / np.maximum(magnitude, 0.1 * typical)
-    field += rng.standard_normal(shape, np.float32) * noise.astype(np.float32)
+    noise = noise.astype(np.float32)
+    first, second = (
+        np.where(mask, field + rng.standard_normal(shape, np.float32) * noise, 0) for _ in range(2)
+    )
     weight = np.where(mask, np.clip(magnitude / typical, 0, 1.5), 0).astype(np.float32)
     return FieldCase(
-        np.where(mask, field, 0).astype(np.float32),
+        first.astype(np.float32),
         mask,
         weight,
         magnitude,
@@ -138,6 +145,7 @@ def simulate_field(
         subcortical_labels(head),
         chi,
         head.brain,
+        second.astype(np.float32),
     )
 
 
@@ -166,6 +174,7 @@ def upright_case(case: FieldCase, spacing: Sequence[float]) -> FieldCase:
         labels=None if case.labels is None else grid.take(case.labels, order=0),
         susceptibility=None,
         brain=None if brain is None else grid.take(brain.astype(np.float32)) > 0.5,
+        repeat=None if case.repeat is None else upright_field(grid, case.repeat, case.mask)[0],
     )
 
 
@@ -189,32 +198,37 @@ def subcortical_labels(head: Head) -> Array:
     return labels
 
 
-def draw_patch(
-    case: FieldCase, patch: Sequence[int], rng: np.random.Generator
-) -> tuple[Array, Array, Array, Array]:
-    """Cut a random patch around a voxel of the mask; what lies beyond the grid is unknown.
+@dataclass(frozen=True)
+class Patch:
+    """A piece of a grid; it may reach beyond the grid.
 
-    Returns
-    -------
-    field, weight, labels, magnitude : arrays of the patch's size
-        Labels are -1 where they are not known.
+    Attributes
+    ----------
+    shape
+        Of the patch.
+    source, target
+        What of the grid is in the patch, and where it lies there.
     """
-    inside = np.argwhere(case.mask)
-    centre = inside[rng.integers(len(inside))]
-    field, weight, magnitude = (np.zeros(patch, np.float32) for _ in range(3))
-    labels = np.full(patch, -1, np.int16)
+
+    shape: tuple[int, ...]
+    source: tuple[slice | EllipsisType, ...]
+    target: tuple[slice | EllipsisType, ...]
+
+    def cut(self, volume: Array, fill: float = 0) -> Array:
+        """Cut the patch out of an (..., X, Y, Z) array; beyond the grid it is ``fill``."""
+        result = np.full((*volume.shape[:-3], *self.shape), fill, volume.dtype)
+        result[self.target] = volume[self.source]
+        return result
+
+
+def draw_patch(mask: Array, shape: Sequence[int], rng: np.random.Generator) -> Patch:
+    """Place a patch at random around a voxel of a mask; it lies in the grid if that is larger."""
+    inside = np.flatnonzero(mask)
+    centre = np.unravel_index(inside[rng.integers(len(inside))], mask.shape)
     source: list[slice] = []
     target: list[slice] = []
-    for c, n, size in zip(centre, patch, case.mask.shape, strict=True):
-        # Where the grid is large enough, the patch lies in it.
+    for c, n, size in zip(centre, shape, mask.shape, strict=True):
         start = int(np.clip(c - n // 2, min(0, size - n), max(0, size - n)))
         source.append(slice(max(start, 0), min(start + n, size)))
         target.append(slice(max(-start, 0), max(-start, 0) + source[-1].stop - source[-1].start))
-    here: tuple[slice, ...] = tuple(source)
-    there: tuple[slice, ...] = tuple(target)
-    field[there] = case.local_field[here]
-    weight[there] = case.weight[here]
-    magnitude[there] = case.magnitude[here]
-    if case.labels is not None:
-        labels[there] = case.labels[here]
-    return field, weight, labels, magnitude
+    return Patch(tuple(shape), (..., *source), (..., *target))

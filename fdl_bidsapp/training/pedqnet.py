@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import scipy.ndimage as ndi
 import torch
 from torch import Tensor, nn
 
@@ -21,11 +22,12 @@ from fdl_bidsapp.models.pedqnet import (
     VolumeNetwork,
     VolumeSpec,
     convolve_dipole,
-    field_scale,
     model_loss,
     scaled_magnitude,
     segmentation_loss,
 )
+from fdl_bidsapp.physics.dipole import field_from_susceptibility
+from fdl_bidsapp.physics.inversion import thresholded_division
 from fdl_bidsapp.training.fields import (
     INFANT_SPACING,
     SUBCORTICAL,
@@ -35,7 +37,7 @@ from fdl_bidsapp.training.fields import (
     upright_case,
 )
 from fdl_bidsapp.training.fit import draw_training_curve, run_folder, with_values
-from fdl_bidsapp.training.loop import Schedule, train
+from fdl_bidsapp.training.loop import Draw, Schedule, train
 
 RECIPES = ("pedqnet", "brainmask")
 
@@ -46,6 +48,9 @@ SNR = (20.0, 80.0)
 """Signal of white matter over the noise."""
 
 CLASSES = 1 + 2 * len(SUBCORTICAL)
+
+TYPICAL = 0.05
+"""ppm, susceptibility of deep nuclei; the segmenter reads maps in this unit."""
 
 Array = np.ndarray
 
@@ -84,7 +89,7 @@ class VolumeSettings:
 
     Attributes
     ----------
-    name, backbone, backbone_options, grid_shape
+    name, backbone, backbone_options, division, grid_shape
         As in :class:`fdl_bidsapp.models.pedqnet.VolumeSpec`, whose ``patch`` the grid is.
     segmenter, segmenter_options
         Backbone of the network that segments what is reconstructed.
@@ -106,6 +111,7 @@ class VolumeSettings:
     name: str = "pedqnet"
     backbone: str = "unet"
     backbone_options: Mapping[str, Any] = field(default_factory=lambda: {"width": 24, "levels": 5})
+    division: bool = True
     grid_shape: tuple[int, ...] = (96, 96, 96)
     segmenter: str = "unetr"
     segmenter_options: Mapping[str, Any] = field(default_factory=dict)
@@ -126,12 +132,20 @@ class PhysicsTraining(nn.Module):
         Field in, susceptibility out.
     segmenter
         Susceptibility in, structures out; ``None`` to train by physics alone.
+    spacing
+        Voxel size of the network's own grid in mm, which stands upright.
     """
 
-    def __init__(self, reconstruction: VolumeNetwork, segmenter: nn.Module | None) -> None:
+    def __init__(
+        self,
+        reconstruction: VolumeNetwork,
+        segmenter: nn.Module | None,
+        spacing: Sequence[float],
+    ) -> None:
         super().__init__()
         self.reconstruction = reconstruction
         self.segmenter = segmenter
+        self.spacing = tuple(spacing)
 
     def forward(self, image: Tensor, others: list[Tensor]) -> list[Tensor]:
         """Return the modelled phase and, where it takes part, the segmentation's logits.
@@ -139,21 +153,17 @@ class PhysicsTraining(nn.Module):
         Parameters
         ----------
         image : (B, 1, X, Y, Z) tensor
-            Local field over its scale.
+            Local field in ppm, and its division where the network reads it.
         others
-            Mask like the image; then (B, 8): scale in ppm, radians per ppm, field direction,
-            voxel size in mm; then whether to segment, (1,).
+            Mask, (B, 1, X, Y, Z); then radians per ppm, (B,); then whether to segment, (1,).
         """
-        mask, about, segment = others
+        mask, turn, segment = others
         chi = self.reconstruction(image) * mask
-        scale, turn = about[:, 0], about[:, 1]
-        spacings = about[:, 5:8].double().cpu().tolist()
         with torch.autocast(image.device.type, enabled=False):
-            field_ = convolve_dipole(chi, spacings, about[:, 2:5])
-            phase = field_ * (scale * turn)[:, None, None, None, None]
+            phase = convolve_dipole(chi, self.spacing) * turn[:, None, None, None, None]
         if self.segmenter is None or not bool(segment):
             return [phase]
-        return [phase, self.segmenter(chi)]
+        return [phase, self.segmenter(chi / TYPICAL)]
 
 
 class Segmenter(nn.Module):
@@ -201,7 +211,7 @@ def make_volume_settings(values: Mapping[str, Any]) -> VolumeSettings:
     """
     default = VolumeSettings()
     if values.get("recipe") == "brainmask":
-        default = replace(default, name="brainmask", backbone="unetr", backbone_options={})
+        default = VolumeSettings("brainmask", "unetr", {}, division=False)
     settings = with_values(default, values)
     if settings.backbone == "unetr" and "grid" not in settings.backbone_options:
         grid = "x".join(map(str, settings.grid_shape))
@@ -265,6 +275,7 @@ def fit_volume(
         {"pedqnet": "susceptibility", "brainmask": "brain"}[settings.recipe],
         settings.backbone,
         dict(settings.backbone_options),
+        settings.division,
         cast(tuple[int, int, int], settings.grid_shape),
         cast(tuple[float, float, float], settings.grid_spacing),
     )
@@ -276,12 +287,17 @@ def fit_volume(
     whole: nn.Module
     if physical:
         joint = recipe.segmentation_weight > 0
-        whole = PhysicsTraining(network, Segmenter(settings) if joint else None)
+        segmenter = Segmenter(settings) if joint else None
+        whole = PhysicsTraining(network, segmenter, spec.spacing)
     else:
         whole = MaskTraining(network)
     drawn = simulate_cases(settings) if cases is None else cases
-    data = [upright_case(case, settings.grid_spacing) for case in drawn]
-    draw = FieldPatches(data, settings, recipe) if physical else MaskPatches(data, settings, recipe)
+    data = (upright_case(case, settings.grid_spacing) for case in drawn)
+    draw: Draw
+    if physical:
+        draw = FieldPatches(data, settings, recipe, spec)
+    else:
+        draw = MaskPatches(data, settings, recipe)
 
     def loss(outputs: list[Tensor], targets: Tensor) -> Tensor:
         if not physical:
@@ -333,55 +349,81 @@ def simulate_cases(settings: VolumeSettings) -> Iterator[FieldCase]:
 
 
 class FieldPatches:
-    """Patches of local fields for :func:`fdl_bidsapp.training.loop.train`."""
+    """Patches of local fields for :func:`fdl_bidsapp.training.loop.train`.
+
+    Where a field was measured twice, one measurement is read and the other one is compared with:
+    a network cannot learn the noise of what it does not see (Lehtinen et al., Noise2Noise, ICML
+    2018).
+    """
 
     def __init__(
-        self, cases: Sequence[FieldCase], settings: VolumeSettings, recipe: VolumeRecipe
+        self,
+        cases: Iterable[FieldCase],
+        settings: VolumeSettings,
+        recipe: VolumeRecipe,
+        spec: VolumeSpec,
     ) -> None:
-        self.cases = cases
-        self.scales = [field_scale(case.local_field, case.mask) for case in cases]
-        self.settings, self.recipe = settings, recipe
-        # What sources beyond the patch do in it cannot be modelled; it is strongest at the border.
+        self.measured = [_Measured(case, spec) for case in cases]
+        self.settings, self.recipe, self.spec = settings, recipe, spec
+        # The field of sources beyond the patch is known roughly; it is strongest at the border.
         self.margin = [n // 12 for n in settings.grid_shape]
 
     def __call__(self, step: int, progress: float) -> tuple[Tensor, ...]:
-        """Return fields, targets (phase, weight, labels), masks, and what the model needs."""
+        """Return what is read, targets (phase, weight, labels), masks, and radians per ppm."""
         rng = np.random.default_rng([self.settings.seed, 1, step])
-        images, targets, masks, about = [], [], [], []
+        images, targets, masks, turns = [], [], [], []
         for _ in range(self.recipe.batch):
-            number = int(rng.integers(len(self.cases)))
-            case, scale = self.cases[number], self.scales[number]
-            local, weight, labels, _ = draw_patch(case, self.settings.grid_shape, rng)
+            case = self.measured[int(rng.integers(len(self.measured)))]
+            read = int(rng.integers(2))
+            patch = draw_patch(case.mask, self.settings.grid_shape, rng)
+            both, weight = patch.cut(case.channels[read]), patch.cut(case.weight)
+            # No map in the patch makes the field of sources beyond it: that is taken away.
+            within = field_from_susceptibility(both[1], self.spec.spacing)
+            beyond = patch.cut(case.division_field[read]) - within
+            phase = case.radians_per_ppm * (patch.cut(case.channels[1 - read, 0]) - beyond)
             inner = np.zeros_like(weight)
             place = tuple(slice(m, n - m) for m, n in zip(self.margin, inner.shape, strict=True))
             inner[place] = weight[place]
-            images.append(local / scale)
+            images.append(both[: 1 + self.spec.division])
             masks.append(weight > 0)
-            targets.append(np.stack([case.radians_per_ppm * local, inner, labels]))
-            about.append([scale, case.radians_per_ppm, *case.direction, *case.spacing])
+            targets.append(np.stack([phase, inner, patch.cut(case.labels, -1)]))
+            turns.append(case.radians_per_ppm)
         segment = progress >= self.recipe.segmentation_from
         return (
-            _tensor(images)[:, None],
+            _tensor(images),
             _tensor(targets),
             _tensor(masks)[:, None],
-            _tensor(about),
+            _tensor(turns),
             torch.tensor([float(segment)]),
         )
+
+
+class _Measured:
+    """Both measurements of an upright field, cut to the mask's box, and their divisions."""
+
+    def __init__(self, case: FieldCase, spec: VolumeSpec) -> None:
+        (box,) = ndi.find_objects(case.mask.astype(np.uint8))
+        self.mask, self.weight = case.mask[box], case.weight[box]
+        unknown = np.full(self.mask.shape, -1)
+        self.labels = (unknown if case.labels is None else case.labels[box]).astype(np.int16)
+        self.radians_per_ppm = case.radians_per_ppm
+        fields = [f[box] for f in (case.local_field, case.repeat) if f is not None]
+        divisions = [thresholded_division(f, self.mask, spec.spacing) for f in fields]
+        made = [field_from_susceptibility(chi, spec.spacing) for chi in divisions]
+        # A field that was measured once is read and compared with as well.
+        read = [np.stack(one) for one in zip(fields, divisions, strict=True)]
+        self.channels = np.stack((read * 2)[:2])
+        self.division_field = np.stack((made * 2)[:2])
 
 
 class MaskPatches:
     """Patches of magnitude images for :func:`fdl_bidsapp.training.loop.train`."""
 
     def __init__(
-        self, cases: Sequence[FieldCase], settings: VolumeSettings, recipe: VolumeRecipe
+        self, cases: Iterable[FieldCase], settings: VolumeSettings, recipe: VolumeRecipe
     ) -> None:
         self.cases = [
-            replace(
-                case,
-                labels=(case.mask if case.brain is None else case.brain).astype(np.uint8),
-                mask=np.ones_like(case.mask),
-                magnitude=scaled_magnitude(case.magnitude),
-            )
+            (scaled_magnitude(case.magnitude), case.mask if case.brain is None else case.brain)
             for case in cases
         ]
         self.settings, self.recipe = settings, recipe
@@ -391,13 +433,14 @@ class MaskPatches:
         rng = np.random.default_rng([self.settings.seed, 2, step])
         images, targets = [], []
         for _ in range(self.recipe.batch):
-            case = self.cases[int(rng.integers(len(self.cases)))]
-            *_, labels, magnitude = draw_patch(case, self.settings.grid_shape, rng)
+            image, brain = self.cases[int(rng.integers(len(self.cases)))]
+            patch = draw_patch(np.ones_like(brain), self.settings.grid_shape, rng)
+            magnitude = patch.cut(image)
             ramps = np.meshgrid(*(np.linspace(-1, 1, n) for n in magnitude.shape), indexing="ij")
             uneven = np.exp(np.tensordot(rng.normal(0, 0.3, 3), np.stack(ramps), 1))
             noise = rng.normal(0, rng.uniform(0.01, 0.08), (2, *magnitude.shape))
             images.append(np.hypot(magnitude * uneven + noise[0], noise[1]))
-            targets.append(labels[None])
+            targets.append(patch.cut(brain.astype(np.int16), -1)[None])
         return _tensor(images)[:, None], _tensor(targets)
 
 

@@ -21,15 +21,14 @@ from fdl_bidsapp.physics.dipole import field_from_susceptibility
 SMALL = {"width": 4, "levels": 2}
 
 
-def test_the_dipole_is_that_of_each_volume():
+def test_the_dipole_is_that_of_the_voxels_and_the_direction():
     rng = np.random.default_rng(0)
     chi = rng.normal(0, 0.1, (2, 12, 10, 8)).astype(np.float32)
-    spacings = [(1.0, 1.0, 1.0), (0.8, 0.8, 2.0)]
-    directions = np.array([[0, 0, 1], [0, 0.6, 0.8]])
-    fields = convolve_dipole(torch.from_numpy(chi)[:, None], spacings, torch.from_numpy(directions))
-    for i in range(2):
-        expected = field_from_susceptibility(chi[i], spacings[i], directions[i])
-        np.testing.assert_allclose(fields[i, 0], expected, atol=1e-6)
+    for spacing, direction in (((1.0, 1.0, 1.0), (0, 0, 1)), ((0.8, 0.8, 2.0), (0, 0.6, 0.8))):
+        fields = convolve_dipole(torch.from_numpy(chi)[:, None], spacing, direction)
+        for one, field in zip(chi, fields, strict=True):
+            expected = field_from_susceptibility(one, spacing, direction)
+            np.testing.assert_allclose(field[0], expected, atol=1e-6)
 
 
 def test_the_loss_is_the_weighted_distance_on_the_circle():
@@ -48,13 +47,14 @@ def test_windows_blend_to_what_the_network_gives():
             return 2 * x
 
     volume = np.random.default_rng(0).normal(size=(21, 17, 40)).astype(np.float32)
-    found = predict_volume(Double(), volume, (16, 16, 16))
+    found = predict_volume(Double(), volume[None], (16, 16, 16))
     np.testing.assert_allclose(found, 2 * volume, rtol=1e-4, atol=1e-5)
 
 
-def test_susceptibility_grows_with_the_field_and_is_zero_outside_the_mask():
+@pytest.mark.parametrize("division", [False, True])
+def test_susceptibility_grows_with_the_field_and_is_zero_outside_the_mask(division):
     torch.manual_seed(0)
-    spec = VolumeSpec("x", backbone_options=SMALL, patch=(16, 16, 16))
+    spec = VolumeSpec("x", backbone_options=SMALL, patch=(16, 16, 16), division=division)
     network = VolumeNetwork(spec).eval()
     nn.init.normal_(network.last.weight)
     where = ((0.9, 0.9, 2.0), (0.1, 0.0, 0.995))
@@ -116,6 +116,7 @@ def test_a_network_of_another_task_is_refused(tmp_path):
         {"name": ""},
         {"task": "colour"},
         {"backbone": "none"},
+        {"task": "brain", "division": True},
         {"patch": (8, 96, 96)},
         {"patch": (96, 96)},
         {"spacing": (1.0, 1.0)},

@@ -8,11 +8,12 @@ import torch
 
 from fdl_bidsapp.errors import UsageError
 from fdl_bidsapp.models.bundle import load_volume
-from fdl_bidsapp.models.pedqnet import predict_brain, predict_susceptibility
+from fdl_bidsapp.models.pedqnet import VolumeSpec, predict_brain, predict_susceptibility
 from fdl_bidsapp.physics.dipole import field_from_susceptibility
 from fdl_bidsapp.physics.inversion import thresholded_division
 from fdl_bidsapp.training.fields import FieldCase, draw_patch, upright_case
 from fdl_bidsapp.training.pedqnet import (
+    FieldPatches,
     MaskPatches,
     VolumeRecipe,
     fit_volume,
@@ -138,14 +139,53 @@ def test_the_brain_to_learn_has_its_rim_where_the_field_has_not(case):
     assert upright.brain.sum() == pytest.approx(case.mask.sum(), rel=0.02)
 
 
+def test_one_measurement_is_read_and_the_other_compared_with(case):
+    given, recipe = settings(grid_shape=[SIDE] * 3), VolumeRecipe(batch=1)
+    spec = VolumeSpec("x", patch=(SIDE,) * 3)
+    other = np.where(case.mask, case.local_field + 0.02, 0).astype(np.float32)
+    for repeat, apart in ((other, 0.02), (None, 0.0)):
+        cases = [replace(case, direction=np.array([0, 0, 1.0]), repeat=repeat)]
+        read, targets, masks, _, _ = FieldPatches(cases, given, recipe, spec)(0, 0.0)
+        known = masks[0, 0].bool()
+        difference = (targets[0, 0] / case.radians_per_ppm - read[0, 0])[known].abs()
+        assert float(difference.mean()) == pytest.approx(apart, abs=1e-3)
+
+
+def test_the_field_of_what_lies_beyond_a_patch_is_not_asked_of_it(case):
+    """A source beyond the patch leaves less of its field in the target than in the input."""
+    shape = (64, 48, 48)
+    voxels = np.indices(shape).reshape(3, -1).T
+    far = np.linalg.norm(voxels - (44, 24, 24), axis=1).reshape(shape) < 4
+    mask = np.ones(far.shape, bool)
+    field = field_from_susceptibility(far.astype(np.float32), (1, 1, 1))
+    upright = np.array([0, 0, 1.0])
+    one = replace(case, local_field=field, mask=mask, weight=mask * 1.0, labels=None)
+    patches = FieldPatches(
+        [replace(one, direction=upright)],
+        settings(),
+        VolumeRecipe(batch=1),
+        VolumeSpec("x", patch=(SIDE,) * 3),
+    )
+    shares = []
+    for step in range(40):
+        read, targets, *_ = patches(step, 0.0)
+        # Of the patches that do not hold the source.
+        if float(read.abs().max()) < 0.2:
+            left = targets[0, 0] / case.radians_per_ppm
+            shares.append(float(left.abs().mean() / read[:, 0].abs().mean()))
+    assert len(shares) >= 3
+    assert np.median(shares) < 0.6
+
+
 def test_patches_hold_the_voxel_they_are_drawn_around(case):
     rng = np.random.default_rng(0)
     for _ in range(5):
-        field, weight, labels, _ = draw_patch(case, (16, 16, 32), rng)
-        assert field.shape == weight.shape == (16, 16, 32)
-        assert weight.any()
+        patch = draw_patch(case.mask, (16, 16, 32), rng)
+        both = patch.cut(np.stack([case.mask, case.mask]))
+        assert both.shape == (2, 16, 16, 32)
+        assert both.any()
         # The grid has 24 voxels along its last axis.
-        assert (labels == -1).sum() == 8 * 16 * 16
+        assert (patch.cut(case.labels.astype(int), -1) == -1).sum() == 8 * 16 * 16
 
 
 @pytest.mark.parametrize(
