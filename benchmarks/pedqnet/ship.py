@@ -55,7 +55,7 @@ def card(bundle: VolumeBundle) -> str:
         **State.** {state(bundle)}
 
         **What it was trained on.** Simulation alone: {made["cases"]} simulated heads of the ICBM
-        template, {made["infants"]:.0%} of them infants' heads, at 3 T with local fields as after an
+        template, {made["infants"]:.0%} of them infants' heads, at 3 T, with local fields as after an
         ideal background removal. {made["steps"]} steps of one patch on a processor core, seed
         {made["seed"]}; the recipe is `benchmarks/pedqnet/joint.toml`. The loss knows no
         susceptibility; in the last phase it knows the outlines of the subcortical nuclei.
