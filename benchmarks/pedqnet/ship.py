@@ -55,13 +55,14 @@ def card(bundle: VolumeBundle) -> str:
         **State.** {state(bundle)}
 
         **What it was trained on.** Simulation alone: {made["cases"]} simulated heads of the ICBM
-        template, {made["infants"]:.0%} of them infants' heads, at 3 T, with local fields as after an
-        ideal background removal. {made["steps"]} steps of one patch on a processor core, seed
+        template, {made["infants"]:.0%} of them infants' heads, at 3 T, with local fields as after
+        an ideal background removal. {made["steps"]} steps of one patch on a processor core, seed
         {made["seed"]}; the recipe is `benchmarks/pedqnet/joint.toml`. The loss knows no
         susceptibility; in the last phase it knows the outlines of the subcortical nuclei.
 
         **What was not checked.** Any real scan of an infant or an adult with a reference
-        susceptibility; other field strengths; lesions, haemorrhage, calcification.
+        susceptibility; other field strengths; lesions, haemorrhage, calcification. What is unlike a
+        head can come out too strong: balls of iron in an empty brain do, by up to a third.
 
         **Use.** Research only; not a medical device, and no clinical claim is made.
 
