@@ -106,8 +106,8 @@ TABLE = """## Table 1 of the abstract, on other data
 
 Twenty mid-coronal OASIS-1 slices, T1, with white matter, grey matter, CSF and thalamus; everything
 is trained on the T1 slices of 14 and measured on those of 6 other subjects, in T1 and in contrasts
-that no training has seen. The abstract had 232 subjects to train on. Mean Dice over classes, cases
-and {seeds} seeds, with the 95 % bootstrap interval over subjects."""
+that no training has seen. The abstract had 232 subjects to train on. Mean Dice over classes and
+cases, of {seeds}, with the 95 % bootstrap interval over subjects; n/a was not run yet."""
 
 REGISTRATION = """### Registration
 
@@ -148,7 +148,8 @@ def table1(rows: Sequence[Row]) -> list[str]:
     """Return the parts on segmentation, registration and the split."""
     dice = [row for row in rows if row["structure"] == "mean" and row["metric"] == "dice"]
     first = rows[0]
-    parts = [TABLE.format(seeds=first["n_seeds"])]
+    seeds = int(float(first["n_seeds"]))
+    parts = [TABLE.format(seeds="one seed" if seeds == 1 else f"{seeds} seeds")]
     parts += ["### Segmentation", grid(dice, "segmentation", ""), verdict(dice, "segmentation", "")]
     before = value(dice, "registration", "none", "", "before")
     parts += [REGISTRATION.format(before=shown(before))]

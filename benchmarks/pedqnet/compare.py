@@ -264,7 +264,7 @@ def draw_curves(curves: pd.DataFrame, figure: Path) -> None:
                 continue
             axis.plot(one["x"], one["value"], style, label=name)
         axis.set(title=title, xlabel=x, ylabel=y)
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7)
     with atomic_write(figure) as temporary:
         fig.savefig(temporary, dpi=90, format="png")
     plt.close(fig)
@@ -300,6 +300,7 @@ def write_page() -> None:
                 if other != JOINT
             ]
             lines.append(f"* {name}, {kind}s, minus that of {'; '.join(told)}.")
+    lines += ["", *verdicts(table)]
     lines += ["", "| heads | brain mask | Dice with the true brain |", "| --- | --- | ---: |"]
     for kind in ("infant", "adult"):
         for method in (CLASSICAL, LEARNT):
@@ -333,6 +334,17 @@ def write_page() -> None:
         ]
     lines += ["", "![Edges and dipoles](images/pedqnet-curves.png)"]
     replace_part(PAGE, "benchmarks/pedqnet/compare.py", "\n".join(lines))
+
+
+def verdicts(table: pd.DataFrame) -> Iterator[str]:
+    """Tell whether what PedQ-NET is to be better than at nuclear edges is found."""
+    for other in (DIVISION, PHYSICS):
+        for kind in ("infant", "adult"):
+            paired = values(table, kind, JOINT, "edge_nrmse")
+            paired = (paired - values(table, kind, other, "edge_nrmse")).dropna()
+            one = bootstrap_mean(list(paired), [str(head) for head in paired.index])
+            found = "found" if one.upper < 0 else "the contrary" if one.lower > 0 else "not shown"
+            yield f"* Fewer errors at nuclear edges than {other}, {kind}s: {found}."
 
 
 def measured_methods(table: pd.DataFrame) -> list[str]:
