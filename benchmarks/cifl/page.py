@@ -13,6 +13,7 @@ import argparse
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
@@ -293,7 +294,7 @@ def draw_transfer(dice: Sequence[Row], path: Path) -> None:
             label = name if number == 0 else None
             plot.errorbar(x, found[0], spread, marker="o", color=f"C{place}", label=label)
     plot.axhline(BARS["segmentation"], color="grey", linewidth=0.8, linestyle=":")
-    plot.set_xticks(range(len(CONTRASTS)), CONTRASTS.values())
+    plot.set_xticks(range(len(CONTRASTS)), [fill(name, 14) for name in CONTRASTS.values()])
     plot.set_ylim(0, 1)
     plot.set_ylabel("Dice")
     plot.legend(fontsize="x-small", ncols=2)

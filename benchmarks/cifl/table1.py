@@ -128,9 +128,10 @@ def main() -> None:
             print(done.result(), file=sys.stderr)
     cases = [row for job in jobs for row in gathered(job)]
     rows = aggregate(cases, AXES)
+    words = ["OUT" if word == str(options.out) else word for word in sys.argv[1:]]
     about = {
         "minutes_of_features": max(minutes(job) for job in jobs),
-        "command": "python " + " ".join(["benchmarks/cifl/table1.py", *sys.argv[1:]]),
+        "command": " ".join(["python benchmarks/cifl/table1.py", *words]),
         "machine": f"{machine()}, app {__version__}, {time.strftime('%Y-%m-%d')}",
     }
     kept = [{**row, **about} for row in rows if row["metric"] in ("dice", "hd95")]
