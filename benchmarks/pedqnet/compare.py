@@ -9,10 +9,10 @@
     python benchmarks/pedqnet/compare.py --page-only
 
 The second network is the first one trained without the segmentation, the third one reads the field
-alone and is trained without it too. On heads that no training has
-seen, both are compared with thresholded division and total variation: NRMSE and XSIM in the brain,
-error and sharpness at the surfaces of the deep nuclei. The dipole that lies between a map and the
-field it was made of is compared with the analytic one. Brain masks are compared with the head's
+alone and is trained without it too. On heads that no training has seen, they are compared with
+thresholded division and total variation: NRMSE and XSIM in the brain, error and sharpness at the
+surfaces of the deep nuclei. The dipole that lies between a map and the field it was made of is
+compared with the analytic one. Brain masks are compared with the head's
 true one. Writes ``results/pedqnet.tsv`` (one row a head, method and measure),
 ``results/pedqnet_curves.tsv`` and the pictures in docs/images.
 """
@@ -45,7 +45,7 @@ from fdl_bidsapp.models.bundle import load_volume
 from fdl_bidsapp.models.pedqnet import predict_brain
 from fdl_bidsapp.physics.dipole import dipole_kernel, field_from_susceptibility
 from fdl_bidsapp.physics.masking import brain_mask
-from fdl_bidsapp.training.bootstrap import bootstrap_mean
+from fdl_bidsapp.training.bootstrap import Estimate, bootstrap_mean
 from fdl_bidsapp.training.fields import SUBCORTICAL, FieldCase, simulate_field
 
 Array = np.ndarray
@@ -106,7 +106,8 @@ def measure(options: argparse.Namespace) -> None:
     }
     if options.field is not None:
         methods[FIELD] = network_inversion(str(options.field))[0]
-    networks = [load_volume(path, "susceptibility") for path in (options.joint, options.physics)]
+    given = [path for path in (options.joint, options.physics, options.field) if path is not None]
+    networks = [load_volume(path, "susceptibility") for path in given]
     about = {
         "networks": " ".join(bundle.sha256[:12] for bundle in networks),
         "steps": networks[0].spec.provenance.get("steps"),
@@ -277,7 +278,7 @@ def write_page() -> None:
     heads = table["head"].nunique()
     lines = [
         f"{heads} infants at 0.78 × 0.78 × 2 mm and {heads} adults at 1 mm, none seen in training;"
-        f" both networks trained for {table['steps'].iloc[0]} steps"
+        f" the networks were trained for {table['steps'].iloc[0]} steps"
         f" (`benchmarks/results/{RESULTS.name}`: networks {table['networks'].iloc[0]},"
         f" {table['machine'].iloc[0]}).",
         "",
@@ -340,9 +341,7 @@ def verdicts(table: pd.DataFrame) -> Iterator[str]:
     """Tell whether what PedQ-NET is to be better than at nuclear edges is found."""
     for other in (DIVISION, PHYSICS):
         for kind in ("infant", "adult"):
-            paired = values(table, kind, JOINT, "edge_nrmse")
-            paired = (paired - values(table, kind, other, "edge_nrmse")).dropna()
-            one = bootstrap_mean(list(paired), [str(head) for head in paired.index])
+            one = gain(table, kind, other, "edge_nrmse")
             found = "found" if one.upper < 0 else "the contrary" if one.lower > 0 else "not shown"
             yield f"* Fewer errors at nuclear edges than {other}, {kind}s: {found}."
 
@@ -362,11 +361,14 @@ def values(table: pd.DataFrame, kind: str, method: str, what: str) -> pd.Series:
 
 def difference(table: pd.DataFrame, kind: str, other: str, what: str, digits: int) -> str:
     """Tell by how much the joint network differs from another method, head by head."""
-    ours = values(table, kind, JOINT, what)
-    theirs = values(table, kind, other, what)
-    paired = (ours - theirs).dropna()
-    one = bootstrap_mean(list(paired), [str(head) for head in paired.index])
+    one = gain(table, kind, other, what)
     return f"{one.mean:+.{digits}f} ({one.lower:+.{digits}f} to {one.upper:+.{digits}f})"
+
+
+def gain(table: pd.DataFrame, kind: str, other: str, what: str) -> Estimate:
+    """Return the joint network's measure minus another method's, over the heads."""
+    paired = (values(table, kind, JOINT, what) - values(table, kind, other, what)).dropna()
+    return bootstrap_mean(list(paired), [str(head) for head in paired.index])
 
 
 if __name__ == "__main__":

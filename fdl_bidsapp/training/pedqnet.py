@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import scipy.ndimage as ndi
 import torch
 from torch import Tensor, nn
 
 from fdl_bidsapp.errors import UsageError
+from fdl_bidsapp.imaging.grid import box_around
 from fdl_bidsapp.models.backbones import BACKBONES, Backbone
 from fdl_bidsapp.models.bundle import save_volume
 from fdl_bidsapp.models.inference import resolve_device
@@ -402,7 +402,9 @@ class _Measured:
     """Both measurements of an upright field, cut to the mask's box, and their divisions."""
 
     def __init__(self, case: FieldCase, spec: VolumeSpec) -> None:
-        (box,) = ndi.find_objects(case.mask.astype(np.uint8))
+        box = box_around(case.mask)
+        if box is None:
+            raise UsageError("the mask of a field is empty", "train on fields that are known")
         self.mask, self.weight = case.mask[box], case.weight[box]
         unknown = np.full(self.mask.shape, -1)
         self.labels = (unknown if case.labels is None else case.labels[box]).astype(np.int16)
