@@ -265,7 +265,8 @@ def draw_curves(curves: pd.DataFrame, figure: Path) -> None:
                 continue
             axis.plot(one["x"], one["value"], style, label=name)
         axis.set(title=title, xlabel=x, ylabel=y)
-    axes[1].legend(fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     with atomic_write(figure) as temporary:
         fig.savefig(temporary, dpi=90, format="png")
     plt.close(fig)
