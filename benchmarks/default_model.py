@@ -5,22 +5,28 @@ Two networks: a coarse one finds midbrain and cerebellum, the other segments the
     python benchmarks/default_model.py LABELS CACHE OUTPUT.safetensors [--minutes 264]
 
 ``LABELS`` is a folder of head label maps (see docs/simulation.md), of which the first ``--heads``
-are used. Run it again after an interruption and it goes on. ``--draw-only`` fills the cache.
+are used. Run it again after an interruption and it goes on. ``--draw-only`` fills the cache. A
+finished phase leaves ``weights.safetensors`` and ``phase.json`` in its folder, which are all that
+the next one needs: it may run on another machine, one with a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
+from fdl_bidsapp.bids.outputs import write_json
 from fdl_bidsapp.imaging.grid import Grid, middle
 from fdl_bidsapp.imaging.intensity import normalise
 from fdl_bidsapp.labels import Label, mirrored, nuclei
@@ -39,7 +45,7 @@ from fdl_bidsapp.training.data import (
     cache_template,
     cut_window,
 )
-from fdl_bidsapp.training.loop import Schedule, Trained, train
+from fdl_bidsapp.training.loop import Draw, Loss, Schedule, drawing_processes, train
 from fdl_bidsapp.training.losses import dice_cross_entropy_loss
 
 Batch = tuple[torch.Tensor, ...]
@@ -159,25 +165,28 @@ def main() -> None:
     folder = options.output.with_suffix(".run")
     locator = train_locator(spec, heads, folder, options)
     parts = train_parts(spec, regions, folder, options)
+    phases = [read_phase(folder / name) for name in (*PHASES, *LOCATOR_PHASES)]
+    parts_of = phases[: len(PHASES)]
     provenance = {
-        "data": described(regions, options.heads),
+        "data": "; then ".join(dict.fromkeys(str(phase["data"]) for phase in parts_of)),
         "recipe": "Dice + cross-entropy, AdamW, one cycle, averaged weights; six phases",
-        "steps": parts.steps,
-        "steps_of_locator": locator.steps,
-        "minutes": spent(folder),
+        "steps": sum(phase["steps"] for phase in parts_of),
+        "windows": sum(phase["steps"] * phase["batch"] for phase in parts_of),
+        "steps_of_locator": sum(phase["steps"] for phase in phases[len(PHASES) :]),
+        "minutes": sum(phase["minutes"] for phase in phases),
         "seed": options.seed,
-        "trained_on": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "trained_on": spent(phases),
         "torch": torch.__version__,
         "finished": time.strftime("%Y-%m-%d"),
     }
     final = replace(spec, provenance=provenance)
     network = build_network(final)
     assert network.locator is not None
-    network.locator.load_state_dict(locator.network.state_dict())
-    network.load_state_dict(parts.network.state_dict(), strict=False)
+    network.locator.load_state_dict(locator)
+    network.load_state_dict(parts, strict=False)
     digest = save_bundle(options.output, network, final, bank(final, regions), dtype="float16")
     seconds = time.time() - started
-    print(f"{options.output}: {parts.steps} steps, SHA-256 {digest}, {seconds:.0f} s")
+    print(f"{options.output}: {provenance['steps']} steps, SHA-256 {digest}, {seconds:.0f} s")
 
 
 def fill(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
@@ -194,7 +203,8 @@ def fill(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
         tuple(options.cache / f"template-{what}-{i:05d}.npy" for what in ("region", "head"))
         for i in range(options.template_draws)
     ]
-    with ProcessPoolExecutor(options.processes) as pool:
+    # A process that was forked could not use the GPU.
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         # In rounds over the heads, so that a cache that is not full yet holds them all.
         n = len(maps)
         rounds = 4
@@ -241,7 +251,7 @@ def fill_head(
     if not mine:
         return
     with kept_memory():
-        head = read_head_map(label_map)
+        head = read_head_map(label_map, resolve_device("auto"))
         for files, seed in mine:
             if files is heads:
                 cache_head(files[seed], head, seed)
@@ -255,16 +265,59 @@ def fill_head(
 def described(regions: Sequence[Path], heads: int) -> str:
     """Say in words what the network that segments was trained on."""
     templates = sum(path.name.startswith("template") for path in regions)
-    return (
-        f"{len(regions) - templates} simulated scans of {heads} head label maps and {templates} of"
-        " the template's head"
-    )
+    text = f"{len(regions) - templates} simulated scans of {heads} head label maps"
+    return f"{text} and {templates} of the template's head" if templates else text
 
 
-def spent(folder: Path) -> float:
-    """Return the minutes that all trainings took, from their logs."""
-    logs = folder.glob("*/log.tsv")
-    return sum(float(log.read_text("utf-8").splitlines()[-1].split("\t")[1]) for log in logs)
+def spent(phases: Sequence[Mapping[str, Any]]) -> str:
+    """Say how long was trained on what."""
+    minutes: dict[str, float] = {}
+    for phase in phases:
+        minutes[phase["hardware"]] = minutes.get(phase["hardware"], 0.0) + phase["minutes"]
+    return ", then ".join(f"{spent:.0f} minutes on {where}" for where, spent in minutes.items())
+
+
+def hardware(device: torch.device) -> str:
+    """Name the GPU, or the processor."""
+    if device.type == "cuda":
+        return f"one {torch.cuda.get_device_name(device)}"
+    return f"{torch.get_num_threads()} processor cores"
+
+
+def run_phase(
+    network: torch.nn.Module,
+    draw: Draw,
+    loss: Loss,
+    schedule: Schedule,
+    folder: Path,
+    data: str,
+    batch: int,
+) -> None:
+    """Train for one phase, or take the weights of a finished one."""
+    weights = folder / "weights.safetensors"
+    if not weights.exists():
+        device = resolve_device("auto")
+        processes = drawing_processes(device)
+        trained = train(network, draw, loss, schedule, folder, device, processes=processes)
+        last = (folder / "log.tsv").read_text("utf-8").splitlines()[-1]
+        about = {
+            "steps": trained.steps,
+            "batch": batch,
+            "minutes": float(last.split("\t")[1]),
+            "hardware": hardware(device),
+            "data": data,
+        }
+        write_json(folder / "phase.json", about)
+        # The last file of a phase to be written.
+        state = trained.network.state_dict()
+        save_file({name: each.cpu().contiguous() for name, each in state.items()}, weights)
+    network.load_state_dict(load_file(weights))
+
+
+def read_phase(folder: Path) -> dict[str, Any]:
+    """Return what a finished phase tells of itself."""
+    about: dict[str, Any] = json.loads((folder / "phase.json").read_text("utf-8"))
+    return about
 
 
 def specification(width: int) -> ModelSpec:
@@ -304,8 +357,8 @@ def values(labels: Sequence[Label]) -> list[list[int]]:
 
 def train_parts(
     spec: ModelSpec, files: Sequence[Path], folder: Path, options: argparse.Namespace
-) -> Trained:
-    """Train the network that segments, phase by phase."""
+) -> dict[str, torch.Tensor]:
+    """Train the network that segments, phase by phase, and return its weights."""
     torch.manual_seed(options.seed)
     network: torch.nn.Module = build_network(replace(spec, locator=None, regions=()))
     windows = SimulatedWindows(
@@ -320,7 +373,6 @@ def train_parts(
         region_shares=REGION_SHARES,
         astray=ASTRAY,
     )
-    steps = 0
     for name, phase in PHASES.items():
         # All scans were read once to find their regions.
         windows.contrasts, windows.cut_off = dict(phase.targets), phase.cut_off
@@ -341,16 +393,15 @@ def train_parts(
             learning_rate=options.learning_rate * phase.rate,
             max_minutes=options.minutes * phase.share,
         )
-        trained = train(network, draw, loss, schedule, folder / name, resolve_device("auto"))
-        network.load_state_dict(trained.network.state_dict())
-        steps += trained.steps
-    return replace(trained, steps=steps)
+        data = described(files, options.heads)
+        run_phase(network, draw, loss, schedule, folder / name, data, options.batch)
+    return network.state_dict()
 
 
 def train_locator(
     spec: ModelSpec, files: Sequence[Path], folder: Path, options: argparse.Namespace
-) -> Trained:
-    """Train the network that finds the regions."""
+) -> dict[str, torch.Tensor]:
+    """Train the network that finds the regions, and return its weights."""
     assert spec.locator is not None
     torch.manual_seed(options.seed)
     step = round(spec.locator.grid_spacing[0] / HEAD_STEP)
@@ -366,7 +417,6 @@ def train_locator(
     )
 
     network = build_network(spec.locator)
-    steps = 0
     for n, (name, phase) in enumerate(LOCATOR_PHASES.items()):
 
         def draw(step: int, _: float, n: int = n) -> Batch:
@@ -381,10 +431,9 @@ def train_locator(
             round(options.locator_steps * phase.share),
             learning_rate=options.learning_rate * phase.rate,
         )
-        trained = train(network, draw, loss, schedule, folder / name, resolve_device("auto"))
-        network.load_state_dict(trained.network.state_dict())
-        steps += trained.steps
-    return replace(trained, steps=steps)
+        data = described(files, options.heads)
+        run_phase(network, draw, loss, schedule, folder / name, data, 1)
+    return network.state_dict()
 
 
 def bank(spec: ModelSpec, files: Sequence[Path]) -> Mapping[str, list[torch.Tensor]]:

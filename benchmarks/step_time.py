@@ -4,7 +4,7 @@
 
 Appends to ``benchmarks/results/step_time.tsv``: the median over the steps made within ``--seconds``
 (three at least, after one to warm up), the load of the machine before it, and the ratio to the same
-step without a split.
+step without a split. On a GPU, also with the network's kernels replayed, as ``fdl train`` does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import os
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from fdl_bidsapp.labels import by_abbreviation
 from fdl_bidsapp.memory import kept_memory
 from fdl_bidsapp.models.fdl import ModelSpec, build_network
 from fdl_bidsapp.models.inference import resolve_device
+from fdl_bidsapp.training.loop import RecordedNetwork
 from fdl_bidsapp.training.losses import dice_cross_entropy_loss
 
 NETWORKS = {"hippocampus": ((64, 64, 48), 16), "whole": ((160, 160, 128), 16)}
@@ -33,6 +35,7 @@ COLUMNS = (
     "width",
     "method",
     "precision",
+    "recorded",
     "seconds",
     "steps_per_second",
     "ratio_to_none",
@@ -60,11 +63,14 @@ def main() -> None:
         path.write_text("\t".join(COLUMNS) + "\n")
     for network in options.networks:
         shape, width = NETWORKS[network]
-        for precision in ("float32", "bfloat16"):
+        ways = (False, True) if device.type == "cuda" else (False,)
+        for precision, recorded in product(("float32", "bfloat16"), ways):
             unsplit = None
             for method in options.methods:
                 load = os.getloadavg()[0]
-                seconds = step_seconds(method, shape, width, precision, device, options.seconds)
+                seconds = step_seconds(
+                    method, shape, width, precision, recorded, device, options.seconds
+                )
                 unsplit = seconds if method == "none" else unsplit
                 row = (
                     network,
@@ -72,6 +78,7 @@ def main() -> None:
                     width,
                     method,
                     precision,
+                    "yes" if recorded else "no",
                     f"{seconds:.4f}",
                     f"{1 / seconds:.3g}",
                     "n/a" if unsplit is None else f"{seconds / unsplit:.2f}",
@@ -90,6 +97,7 @@ def step_seconds(
     shape: tuple[int, int, int],
     width: int,
     precision: str,
+    recorded: bool,
     device: torch.device,
     budget: float,
 ) -> float:
@@ -102,15 +110,21 @@ def step_seconds(
         labels=by_abbreviation(["RNL", "RNR"]),
     )
     network = build_network(spec).to(device).train()
-    optimiser = torch.optim.AdamW(network.parameters())
+    run = RecordedNetwork(network) if recorded else network
+    optimiser = torch.optim.AdamW(network.parameters(), fused=device.type == "cuda" or None)
     image = torch.rand(1, 1, *shape, device=device)
     classes = torch.randint(0, 3, (1, *shape), device=device)
     times: list[float] = []
     with kept_memory():  # as in a training
         while len(times) < 4 or sum(times) < budget:
             start = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                (logits,) = network(image)
+            with torch.autocast(
+                device.type,
+                torch.bfloat16,
+                enabled=precision == "bfloat16",
+                cache_enabled=not recorded,
+            ):
+                (logits,) = run(image, [])
             optimiser.zero_grad(set_to_none=True)
             dice_cross_entropy_loss(logits, classes).backward()
             optimiser.step()

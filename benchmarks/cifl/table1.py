@@ -40,7 +40,7 @@ from fdl_bidsapp.models.backbones import UNet
 from fdl_bidsapp.models.bundle import load_features
 from fdl_bidsapp.models.cifl import FrozenFeatures, unit_pixels, vary_channels
 from fdl_bidsapp.models.fourier import split
-from fdl_bidsapp.models.inference import autocast_dtype
+from fdl_bidsapp.models.inference import autocast_dtype, resolve_device
 from fdl_bidsapp.models.registration import (
     RegistrationNetwork,
     folded_share,
@@ -66,7 +66,7 @@ SMOOTHNESS = 0.3
 """Weight of the smoothness in the loss of the registration."""
 
 AXES = ("task", "features", "tau_channels", "contrast", "seed")
-CPU = torch.device("cpu")
+DEVICE = resolve_device()
 
 Front = Callable[[Tensor], Tensor]
 
@@ -156,9 +156,9 @@ def run(job: Job) -> str:
                 "recipe_options": {"steps": job.steps, "tau_channels": float(job.tau)},
             }
         )
-        file = fit_features(settings, job.folder / "features.safetensors", device="cpu")
+        file = fit_features(settings, job.folder / "features.safetensors", device=DEVICE.type)
         bundle = load_features(file)
-        front, channels = FrozenFeatures(bundle.network()).eval(), bundle.spec.channels
+        front, channels = FrozenFeatures(bundle.network()).eval().to(DEVICE), bundle.spec.channels
     known, unseen = load(job.data, job.unseen)
     for task, measure in (("segmentation", segmentation), ("registration", registration)):
         table = job.folder / f"{task}.tsv"
@@ -206,10 +206,10 @@ def take(data: Mapping[str, np.ndarray], chosen: np.ndarray | EllipsisType = ...
         tuple(data["id"][chosen]),
         tuple(data["subject"][chosen]),
         {
-            name: torch.from_numpy(image.astype(np.float32))[:, None]
+            name: torch.from_numpy(image.astype(np.float32))[:, None].to(DEVICE)
             for name, image in contrasts.items()
         },
-        torch.from_numpy(data["label"][chosen].astype(np.int64)),
+        torch.from_numpy(data["label"][chosen].astype(np.int64)).to(DEVICE),
     )
 
 
@@ -233,7 +233,7 @@ def segmentation(
     """Train a U-Net on T1, and measure it on each contrast."""
 
     def draw(step: int, _: float) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed * 2**32 + step)
+        generator = torch.Generator(DEVICE).manual_seed(seed * 2**32 + step)
         image, classes = varied(known, 2, generator)
         return vary(seen(front, image), generator), classes
 
@@ -243,7 +243,7 @@ def segmentation(
     torch.manual_seed(seed)
     schedule = Schedule(1500, learning_rate=5e-3, weight_decay=1e-2, average=0.98)
     network = Segmenter(channels).to(memory_format=torch.channels_last)
-    trained = train(network, draw, loss, schedule, folder, CPU).network
+    trained = train(network, draw, loss, schedule, folder, DEVICE).network
     rows = []
     for contrast, images in unseen.images.items():
         with torch.inference_mode():
@@ -263,7 +263,7 @@ def registration(
     """
 
     def draw(step: int, _: float) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed * 2**32 + step)
+        generator = torch.Generator(DEVICE).manual_seed(seed * 2**32 + step)
         pair = [seen(front, varied(known, 2, generator)[0]) for _ in range(2)]
         moving, fixed = (vary(channels, generator) for channels in pair)
         return moving, torch.cat(pair, 1), fixed
@@ -277,11 +277,11 @@ def registration(
     torch.manual_seed(seed)
     schedule = Schedule(1500, learning_rate=4e-3, weight_decay=1e-4, average=0.99)
     network = RegistrationNetwork(2, channels, width=16, levels=4)
-    trained = train(network, draw, loss, schedule, folder, CPU).network
+    trained = train(network, draw, loss, schedule, folder, DEVICE).network
     rows: list[dict[str, Any]] = []
     folded: list[float] = []
     # The same displacements for all networks.
-    generator = torch.Generator().manual_seed(2**40)
+    generator = torch.Generator(DEVICE).manual_seed(2**40)
     for i, j in permutations(range(len(unseen.names)), 2):
         pair, subject = f"{unseen.names[i]}-{unseen.names[j]}", unseen.subjects[j]
         true = unseen.classes[j]
@@ -304,8 +304,8 @@ def registration(
 @torch.no_grad()
 def seen(front: Front, images: Tensor) -> Tensor:
     """Return what the front makes of images, in bfloat16 where the processor has it."""
-    dtype = autocast_dtype(CPU)
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+    dtype = autocast_dtype(DEVICE)
+    with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
         return front(images).float()
 
 
@@ -317,7 +317,8 @@ def vary(channels: Tensor, generator: torch.Generator) -> Tensor:
 
 def random_displacement(generator: torch.Generator, n: int, shape: Sequence[int]) -> Tensor:
     """Draw turns (to 14°), scalings (to 16 %), shifts (to 8 pixels) and smooth bends."""
-    lines = [torch.arange(length) - (length - 1) / 2 for length in shape]
+    device = generator.device
+    lines = [torch.arange(length, device=device) - (length - 1) / 2 for length in shape]
     places = torch.stack(torch.meshgrid(*lines, indexing="ij")).flatten(1)
     angle = 0.25 * around_zero(generator, n)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).reshape(n, 2, 2)
@@ -329,12 +330,12 @@ def random_displacement(generator: torch.Generator, n: int, shape: Sequence[int]
 
 def around_zero(generator: torch.Generator, *size: int) -> Tensor:
     """Draw evenly from -1 to 1."""
-    return 2 * torch.rand(size, generator=generator) - 1
+    return 2 * torch.rand(size, generator=generator, device=generator.device) - 1
 
 
 def varied(known: Slices, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw T1 slices, each turned, scaled, bent, mirrored and shaded a little at random."""
-    chosen = torch.randint(len(known.names), (n,), generator=generator)
+    chosen = torch.randint(len(known.names), (n,), generator=generator, device=DEVICE)
     image, classes = known.images["t1"][chosen], known.classes[chosen]
     shape = image.shape[2:]
     displacement = random_displacement(generator, n, shape)
@@ -343,7 +344,7 @@ def varied(known: Slices, n: int, generator: torch.Generator) -> tuple[Tensor, T
     inside = image > 0
     image = image ** torch.exp(0.3 * around_zero(generator, n, 1, 1, 1))
     image = image * torch.exp(0.1 * smooth_noise(generator, n, 1, shape, 80.0))
-    noise = torch.randn(image.shape, generator=generator)
+    noise = torch.randn(image.shape, generator=generator, device=DEVICE)
     image = image + 0.02 * around_zero(generator, n, 1, 1, 1).abs() * noise
     image = torch.where(inside, image.clamp(0, 1), 0)
     if around_zero(generator, 1) < 0:
@@ -359,7 +360,7 @@ def compared(
     rows = [
         {
             "structure": structure,
-            **agreement((found == value).numpy(), (true == value).numpy(), (1.0, 1.0)),
+            **agreement((found == value).cpu().numpy(), (true == value).cpu().numpy(), (1.0, 1.0)),
             "volume": float((found == value).sum()),
             "reference_volume": float((true == value).sum()),
         }

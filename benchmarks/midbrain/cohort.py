@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import nibabel as nib
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from fdl_bidsapp.bids.outputs import write_tsv
+from fdl_bidsapp.models.inference import resolve_device
 from fdl_bidsapp.simulation.labelmaps import find_label_maps, read_head_map
 from fdl_bidsapp.simulation.parameters import Value, draw_values
 from fdl_bidsapp.simulation.simulator import simulate_label_map
@@ -53,7 +55,8 @@ def main() -> None:
             by_head[heads[i % len(heads)]].append((name, seed))
             files = {contrast: f"{name}_{contrast}.nii.gz" for contrast in CONTRASTS}
             rows.append({"id": name, "split": split, **files, "label": f"{name}_dseg.nii.gz"})
-    with ProcessPoolExecutor(options.jobs) as pool:
+    # A process that was forked could not use the GPU.
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(simulate, options.out, *each) for each in by_head.items()]
         for job in jobs:
             job.result()
@@ -67,7 +70,7 @@ def simulate(out: Path, label_map: Path, scans: Sequence[Job]) -> None:
     wanted = [(n, s) for n, s in scans if not (out / f"{n}_dseg.nii.gz").exists()]
     if not wanted:
         return
-    head = read_head_map(label_map)
+    head = read_head_map(label_map, resolve_device())
     for name, seed in wanted:
         scan = simulate_label_map(head, seed, draw_values(seed, "ordinary", PROTOCOL), box=BOX)
         for contrast in CONTRASTS:

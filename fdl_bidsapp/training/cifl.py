@@ -171,6 +171,7 @@ def fit_features(
         folder,
         where,
         configuration=configuration,
+        record=True,
     )
     draw_training_curve(folder / "log.tsv", folder / "training.png")
     provenance = {

@@ -206,9 +206,8 @@ class SimulatedWindows:
         self.cut_off = cut_off
         self.scans = [np.load(file, mmap_mode="r") for file in files]
         self.swap = torch.tensor([0, *(position + 1 for position in mirrored)])
-        self.centres = [
-            [middle(np.isin(scan[-1], region)) for region in regions] for scan in self.scans
-        ]
+        truths = (np.asarray(scan[-1], np.uint8) for scan in self.scans)
+        self.centres = [[middle(np.isin(truth, region)) for region in regions] for truth in truths]
 
     def draw(
         self,

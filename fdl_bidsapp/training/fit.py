@@ -451,6 +451,7 @@ def fit(
         where,
         validate=lambda averaged: held_back.mean_dice(averaged, mixed),
         configuration=configuration,
+        record=spec.backbone == "unet",
     )
     draw_training_curve(folder / "log.tsv", folder / "training.png")
     provenance = _provenance(settings, configuration, chosen, trained, where)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from ctypes import c_double
 from dataclasses import dataclass
+from itertools import count
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from fdl_bidsapp.errors import DataError, StorageError
 from fdl_bidsapp.memory import kept_memory
@@ -121,6 +127,8 @@ def train(
     *,
     validate: Validate | None = None,
     configuration: Mapping[str, Any] | None = None,
+    processes: int = 0,
+    record: bool = False,
 ) -> Trained:
     """Train a network, or go on with a training that was cut off.
 
@@ -145,6 +153,11 @@ def train(
         Gives the validation Dice of a network.
     configuration
         JSON values that a checkpoint has to share to be gone on with.
+    processes
+        In which batches are drawn ahead, on the processor, instead of that thread.
+    record
+        Whether a GPU may replay its kernels (:class:`RecordedNetwork`), which the network has to
+        allow.
 
     Raises
     ------
@@ -162,9 +175,10 @@ def train(
     log = _Log(folder / "log.tsv", state.step)
     started = saved = time.monotonic() - state.spent
     rate = schedule.learning_rate
-    # The next batch is drawn while the network works on this one.
-    with kept_memory(), _progress_bar() as bar, ThreadPoolExecutor(1) as ahead:
-        following: Future[tuple[Tensor, ...]] | None = None
+    run = RecordedNetwork(network) if record and device.type == "cuda" else network
+    done = RawValue(c_double)
+    batches = _drawn_ahead(draw, state.step, processes, done)
+    with kept_memory(), _progress_bar() as bar, closing(batches):
         while True:
             state.spent = time.monotonic() - started
             progress = max(state.step / schedule.steps, state.spent / 60 / schedule.max_minutes)
@@ -186,13 +200,107 @@ def train(
             rate = schedule.learning_rate
             if schedule.one_cycle:
                 rate = learning_rate_at(progress, rate)
-            batch = following.result() if following else draw(state.step, progress)
-            following = ahead.submit(draw, state.step + 1, progress)
-            image, classes, *others = (t.to(device) for t in batch)
-            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-                outputs = network(image, others)
+            done.value = progress
+            image, classes, *others = (t.to(device, non_blocking=True) for t in next(batches))
+            # A recording keeps no copies of the weights that autocast made.
+            with torch.autocast(
+                device.type,
+                dtype or torch.bfloat16,
+                enabled=dtype is not None,
+                cache_enabled=run is network,
+            ):
+                outputs = run(image, others)
             log.add(state.advance(loss(outputs, classes), rate))
             bar.update(0)
+
+
+def drawing_processes(device: torch.device) -> int:
+    """Return in how many processes to draw what a processor draws, for a network on a device.
+
+    A GPU takes batches faster than one core draws them; a processor's cores all serve the network.
+
+    Examples
+    --------
+    >>> drawing_processes(torch.device("cpu"))
+    0
+    """
+    return 0 if device.type == "cpu" else min(os.cpu_count() or 1, 12)
+
+
+def _drawn_ahead(
+    draw: Draw, step: int, processes: int, progress: c_double
+) -> Generator[tuple[Tensor, ...]]:
+    """Give the batches from a step on; the next ones are drawn while one is worked on."""
+    if processes:
+        # Forked: what is drawn from lies in memory once.
+        yield from DataLoader(
+            _Steps(draw, progress),
+            batch_size=None,
+            sampler=count(step),
+            num_workers=processes,
+            multiprocessing_context="fork",
+            pin_memory=True,
+        )
+    with ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(draw, step, progress.value)
+        for after in count(step + 1):
+            batch = following.result()
+            following = ahead.submit(draw, after, progress.value)
+            yield batch
+
+
+class _Steps(Dataset[tuple[Tensor, ...]]):
+    """The batches of all steps."""
+
+    def __init__(self, draw: Draw, progress: c_double) -> None:
+        self.draw, self.progress = draw, progress
+
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        torch.set_num_threads(1)
+        return self.draw(step, self.progress.value)
+
+
+class RecordedNetwork:
+    """A network in training whose kernels a CUDA GPU replays, rather than being sent each anew.
+
+    A small network's kernels are shorter than the time to send them. Each combination of shapes is
+    recorded at its first use, forward and backward.
+
+    Parameters
+    ----------
+    network
+        In training mode, on the GPU; it must decide nothing by the values that it computes.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.recordings: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, ...]]] = {}
+
+    def __call__(self, image: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Return what the network returns; it holds until the next call."""
+        inputs = (image, *others)
+        shapes = tuple(each.shape for each in inputs)
+        if shapes not in self.recordings:
+            self.recordings[shapes] = cast(
+                Callable[..., tuple[Tensor, ...]],
+                torch.cuda.make_graphed_callables(
+                    _Flat(self.network),
+                    tuple(each.clone() for each in inputs),
+                    allow_unused_input=True,
+                ),
+            )
+        return list(self.recordings[shapes](*inputs))
+
+
+class _Flat(nn.Module):
+    """A network whose arguments and results are tensors, as recordings take them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.network(image, list(others)))
 
 
 class _State:
@@ -212,7 +320,13 @@ class _State:
         self.averaged = copy.deepcopy(network).eval()
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[schedule.optimiser]
         decay = schedule.weight_decay if schedule.optimiser == "adamw" else 0.0
-        self.optimiser = kind(network.parameters(), lr=schedule.learning_rate, weight_decay=decay)
+        on_gpu = next(network.parameters()).device.type == "cuda"
+        self.optimiser = kind(
+            network.parameters(),
+            lr=schedule.learning_rate,
+            weight_decay=decay,
+            fused=on_gpu or None,
+        )
         self.step = 0
         self.spent = 0.0
         self.score: float | None = None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +41,7 @@ from fdl_bidsapp.training.fields import (
     upright_case,
 )
 from fdl_bidsapp.training.fit import draw_training_curve, run_folder, with_values
-from fdl_bidsapp.training.loop import Draw, Schedule, train
+from fdl_bidsapp.training.loop import Draw, Schedule, drawing_processes, train
 
 RECIPES = ("pedqnet", "brainmask")
 
@@ -316,7 +320,16 @@ def fit_volume(
         max_minutes=max_minutes,
     )
     configuration = {key: value for key, value in asdict(settings).items() if key != "name"}
-    trained = train(whole, draw, loss, schedule, folder, where, configuration=configuration)
+    trained = train(
+        whole,
+        draw,
+        loss,
+        schedule,
+        folder,
+        where,
+        configuration=configuration,
+        processes=drawing_processes(where),
+    )
     draw_training_curve(folder / "log.tsv", folder / "training.png")
     provenance = {
         "data": "simulated heads" if cases is None else "fields given",
@@ -335,17 +348,22 @@ def fit_volume(
 
 def simulate_cases(settings: VolumeSettings) -> Iterator[FieldCase]:
     """Simulate the heads that settings ask for, infants first, with more noise and less."""
-    infants = round(settings.cases * settings.infants)
-    for number in range(settings.cases):
-        rng = np.random.default_rng([settings.seed, number, 1])
-        infant = number < infants
-        spacing = INFANT_SPACING
-        if not infant:
-            in_plane = rng.uniform(*IN_PLANE)
-            spacing = (in_plane, in_plane, max(in_plane, rng.uniform(*SLICE_THICKNESS)))
-        snr = float(np.exp(rng.uniform(*np.log(SNR))))
-        seed = [settings.seed, number]
-        yield simulate_field(seed, infant=infant, spacing=spacing, snr=snr)
+    processes = min(os.cpu_count() or 1, settings.cases, 8)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_simulate_case, repeat(settings), range(settings.cases))
+
+
+def _simulate_case(settings: VolumeSettings, number: int) -> FieldCase:
+    torch.set_num_threads(1)
+    rng = np.random.default_rng([settings.seed, number, 1])
+    infant = number < round(settings.cases * settings.infants)
+    spacing = INFANT_SPACING
+    if not infant:
+        in_plane = rng.uniform(*IN_PLANE)
+        spacing = (in_plane, in_plane, max(in_plane, rng.uniform(*SLICE_THICKNESS)))
+    snr = float(np.exp(rng.uniform(*np.log(SNR))))
+    seed = [settings.seed, number]
+    return simulate_field(seed, infant=infant, spacing=spacing, snr=snr)
 
 
 class FieldPatches:
