@@ -208,12 +208,14 @@ def measured(
             result.labels, result.probabilities, spec.labels, scan.affine, result.components
         )
         for label, features in zip(spec.labels, described, strict=True):
-            overlap = dice(result.labels == label.index, true == label.index)
+            found, there = result.labels == label.index, true == label.index
+            overlap = dice(found, there)
             rows.append(
                 {
                     **{"scan": draw.name, "head": draw.head, "target": target},
                     **{"structure": label.structure, "abbreviation": label.abbreviation},
                     "dice": None if np.isnan(overlap) else overlap,
+                    **{"voxels": int(found.sum()), "true_voxels": int(there.sum())},
                     "features": features,
                 }
             )

@@ -239,7 +239,7 @@ def _drawn_ahead(
             sampler=count(step),
             num_workers=processes,
             multiprocessing_context="fork",
-            pin_memory=True,
+            pin_memory=torch.cuda.is_available(),
         )
     with ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(draw, step, progress.value)
@@ -263,25 +263,33 @@ class _Steps(Dataset[tuple[Tensor, ...]]):
 class RecordedNetwork:
     """A network in training whose kernels a CUDA GPU replays, rather than being sent each anew.
 
-    A small network's kernels are shorter than the time to send them. Each combination of shapes is
-    recorded at its first use, forward and backward.
+    A small network's kernels are shorter than the time to send them. Forward and backward pass are
+    recorded for the shapes of the first call; other shapes are computed as without.
 
     Parameters
     ----------
     network
-        In training mode, on the GPU; it must decide nothing by the values that it computes.
+        In training mode, on the GPU, and not trained yet since it was built or loaded; it must
+        decide nothing by the values that it computes. Autocast must not cache what it casts.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.recordings: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, ...]]] = {}
+        self.shapes: tuple[torch.Size, ...] = ()
+        self.recording: Callable[..., tuple[Tensor, ...]] | None = None
+        # Gradients are summed on another stream than they were recorded on, which is waited for;
+        # PyTorch 2.11 warns of it.
+        warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+        if warn is not None:
+            warn(False)
 
     def __call__(self, image: Tensor, others: Sequence[Tensor] = ()) -> list[Tensor]:
         """Return what the network returns; it holds until the next call."""
         inputs = (image, *others)
         shapes = tuple(each.shape for each in inputs)
-        if shapes not in self.recordings:
-            self.recordings[shapes] = cast(
+        if self.recording is None:
+            self.shapes = shapes
+            self.recording = cast(
                 Callable[..., tuple[Tensor, ...]],
                 torch.cuda.make_graphed_callables(
                     _Flat(self.network),
@@ -289,7 +297,9 @@ class RecordedNetwork:
                     allow_unused_input=True,
                 ),
             )
-        return list(self.recordings[shapes](*inputs))
+        if shapes != self.shapes:
+            return cast(list[Tensor], self.network(image, list(others)))
+        return list(self.recording(*inputs))
 
 
 class _Flat(nn.Module):

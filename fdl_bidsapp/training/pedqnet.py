@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
 from multiprocessing import get_context
@@ -295,8 +295,10 @@ def fit_volume(
         whole = PhysicsTraining(network, segmenter, spec.spacing)
     else:
         whole = MaskTraining(network)
-    drawn = simulate_cases(settings) if cases is None else cases
-    data = (upright_case(case, settings.grid_spacing) for case in drawn)
+    if cases is None:
+        data = simulate_cases(settings)
+    else:
+        data = (upright_case(case, settings.grid_spacing) for case in cases)
     draw: Draw
     if physical:
         draw = FieldPatches(data, settings, recipe, spec)
@@ -347,7 +349,11 @@ def fit_volume(
 
 
 def simulate_cases(settings: VolumeSettings) -> Iterator[FieldCase]:
-    """Simulate the heads that settings ask for, infants first, with more noise and less."""
+    """Simulate the heads that settings ask for, infants first, with more noise and less.
+
+    Each is brought to the network's grid. They come from as many processes as there are cores, to
+    eight.
+    """
     processes = min(os.cpu_count() or 1, settings.cases, 8)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_simulate_case, repeat(settings), range(settings.cases))
@@ -363,7 +369,8 @@ def _simulate_case(settings: VolumeSettings, number: int) -> FieldCase:
         spacing = (in_plane, in_plane, max(in_plane, rng.uniform(*SLICE_THICKNESS)))
     snr = float(np.exp(rng.uniform(*np.log(SNR))))
     seed = [settings.seed, number]
-    return simulate_field(seed, infant=infant, spacing=spacing, snr=snr)
+    case = simulate_field(seed, infant=infant, spacing=spacing, snr=snr)
+    return upright_case(case, settings.grid_spacing)
 
 
 class FieldPatches:
@@ -381,7 +388,8 @@ class FieldPatches:
         recipe: VolumeRecipe,
         spec: VolumeSpec,
     ) -> None:
-        self.measured = [_Measured(case, spec) for case in cases]
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            self.measured = list(pool.map(_Measured, cases, repeat(spec)))
         self.settings, self.recipe, self.spec = settings, recipe, spec
         # The field of sources beyond the patch is known roughly; it is strongest at the border.
         self.margin = [n // 12 for n in settings.grid_shape]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from fdl_bidsapp.errors import DataError, StorageError
-from fdl_bidsapp.training.loop import Schedule, train
+from fdl_bidsapp.models.fdl import ModelSpec, build_network
+from fdl_bidsapp.training.loop import RecordedNetwork, Schedule, drawing_processes, train
 
 CPU = torch.device("cpu")
 
@@ -148,3 +150,66 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
 
     with pytest.raises(DataError, match="no longer finite"):
         train(Scale(), draw, broken, Schedule(30), tmp_path, CPU)
+
+
+def test_batches_drawn_in_processes_are_those_drawn_in_a_thread(tmp_path):
+    def trained(processes):
+        folder = tmp_path / str(processes)
+        schedule = Schedule(40, learning_rate=0.05)
+        return train(Scale(), draw, loss, schedule, folder, CPU, processes=processes).network
+
+    assert torch.equal(trained(2).factor, trained(0).factor)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_batches_know_how_far_the_training_is(tmp_path, processes):
+    seen = []
+
+    def telling(step, progress):
+        image, classes = draw(step, progress)
+        return image, torch.full_like(classes, round(1000 * progress))
+
+    def noting(outputs, told):
+        seen.append(int(told.max()))
+        return outputs[0].square().mean()
+
+    train(Scale(), telling, noting, Schedule(50), tmp_path, CPU, processes=processes)
+    assert seen[0] == 0
+    assert seen == sorted(seen)
+    # Drawn ahead, they know of what was trained then.
+    assert 800 <= seen[-1] <= 980
+
+
+def test_what_a_processor_draws_is_drawn_in_processes_for_a_gpu_alone():
+    assert drawing_processes(CPU) == 0
+    assert drawing_processes(torch.device("cuda")) >= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["none", "early", "late"])
+def test_a_recorded_network_gives_what_the_network_gives(method):
+    options = {"width": 8, "levels": 3}
+    spec = ModelSpec("x", method=method, backbone_options=options, grid_shape=(32, 32, 24))
+    network = build_network(spec).cuda().train()
+    twin = copy.deepcopy(network)
+    recorded = RecordedNetwork(twin)
+    for shape in ((1, 1, 32, 32, 24), (1, 1, 32, 32, 24), (2, 1, 24, 24, 24)):
+        image = torch.rand(shape, device="cuda")
+        found = []
+        for run, weights in ((network, network), (recorded, twin)):
+            weights.zero_grad(set_to_none=True)
+            (logits,) = run(image, [])
+            logits.square().mean().backward()
+            found.append([logits.detach(), *(each.grad for each in weights.parameters())])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_training_on_a_gpu_learns(tmp_path):
+    device = torch.device("cuda")
+    schedule = Schedule(100, learning_rate=0.1)
+    trained = train(Scale(), draw, loss, schedule, tmp_path, device, processes=2, record=True)
+    assert trained.network.factor.item() > 1
