@@ -299,11 +299,10 @@ def run_phase(
         device = resolve_device("auto")
         processes = drawing_processes(device)
         trained = train(network, draw, loss, schedule, folder, device, processes=processes)
-        last = (folder / "log.tsv").read_text("utf-8").splitlines()[-1]
         about = {
             "steps": trained.steps,
             "batch": batch,
-            "minutes": float(last.split("\t")[1]),
+            "minutes": round(trained.minutes, 2),
             "hardware": hardware(device),
             "data": data,
         }

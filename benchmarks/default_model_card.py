@@ -34,18 +34,17 @@ Mean over both sides and all scans after the whole app, in the scans' own grids;
 usual 3 T protocol in an adult, `full` the whole range of the simulator. Tables with all cases:
 `benchmarks/results/default_model*.tsv`, made by `{command}`.
 
-**What it was trained on.** Simulation alone: {data}, seed {seed}. {steps} steps of two windows,
-{steps_of_locator} steps of the locator; {hours:.1f} hours on {trained_on}. The label maps are
+**What it was trained on.** Simulation alone: {data}, seed {seed}. {steps} steps over
+{windows} windows, {steps_of_locator} steps of the locator: {trained_on}. The label maps are
 `sub-01` to `sub-16` of a set of twenty whole-head label maps, the training label maps of SynthSeg
 (Billot et al., Med. Image Anal. 86 (2023) 102789; Apache-2.0) with nuclei added from the CIT168
 atlas (Pauli et al., Sci. Data 5 (2018) 180063; CC BY 4.0) and the Allen Human Reference Atlas (Ding
 et al., J. Comp. Neurol. 524 (2016) 3127-3481; CC BY 4.0); the other four were not trained on and
 are those measured above. The template is ICBM 2009a symmetric, which comes with nilearn (Fonov et
 al., NeuroImage 54 (2011) 313-327). No image of a person was used, and no expert drew a label. The
-recipe is `benchmarks/default_model.py` without its last phase, which was not run yet, and but for
-its early phases, which were run on a part of these scans before it drew stray windows, ends of the
-field of view and slabs; docs/simulation.md lists every effect of the simulator with its range and
-source.
+recipe is `benchmarks/default_model.py`, but for its early phases, which were run on a part of these
+scans before it drew stray windows, ends of the field of view and slabs; docs/simulation.md lists
+every effect of the simulator with its range and source.
 
 **What was not checked.** Any real scan with experts' labels. The nuclei of the label maps are one
 template's shapes, deformed; white matter has no fibres, lesions and atrophy are missing. Expect it
@@ -91,8 +90,10 @@ def card(bundle: Bundle, figures: pd.DataFrame) -> str:
         state=state(figures, spec.calibration),
         table=table(figures),
         command=figures["command"].iloc[0],
-        **{k: about[k] for k in ("data", "seed", "steps", "steps_of_locator", "trained_on")},
-        hours=float(about["minutes"]) / 60,
+        **{
+            key: about[key]
+            for key in ("data", "seed", "steps", "windows", "steps_of_locator", "trained_on")
+        },
     )
 
 

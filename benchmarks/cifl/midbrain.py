@@ -26,7 +26,7 @@ from machine import machine
 from fdl_bidsapp import __version__
 from fdl_bidsapp.bids.outputs import write_tsv
 from fdl_bidsapp.imaging.overlap import METRICS
-from fdl_bidsapp.models.bundle import Bundle, load_bundle, save_bundle
+from fdl_bidsapp.models.bundle import Bundle, load_bundle, load_features, save_bundle
 from fdl_bidsapp.models.fdl import CONTRASTS, ModelSpec
 from fdl_bidsapp.training.cases import in_split, read_table
 from fdl_bidsapp.training.evaluate import MEAN, SUMMARY_COLUMNS, evaluate, summarise
@@ -77,6 +77,7 @@ def main() -> None:
             rows += [{"target": target, **row, "model": name} for row in found]
             print(target, name, len(scans), file=sys.stderr)
     about = {
+        "features_sha256": load_features(options.features).sha256[:12],
         "command": "python " + " ".join(["benchmarks/cifl/midbrain.py", *sys.argv[1:]]),
         "machine": f"{machine()}, app {__version__}, {time.strftime('%Y-%m-%d')}",
     }

@@ -91,14 +91,14 @@ The abstract leaves some things open. What was found:
 ## Use
 
 ```sh
-fdl train --recipe cifl --output features.safetensors
-fdl features sub-01_T1w.nii.gz sub-01_T2w.nii.gz --model features.safetensors --output seen
-fdl train settings.toml --features features.safetensors --output ours.safetensors
+fdl features sub-01_T1w.nii.gz sub-01_T2w.nii.gz --output seen
+fdl train settings.toml --features cifl --output ours.safetensors
 fdl-bidsapp study out participant --model ours.safetensors
 ```
 
 `fdl features` writes the channels as 4-D NIfTI and one figure of all images, in which columns
-should look alike. A model trained with `--features` has the frozen features in its file, for any
+should look alike. The features `cifl` come along; `fdl train --recipe cifl --output FILE` trains
+others. A model trained with `--features` has the frozen features in its file, for any
 fusion method. `fdl_bidsapp.imaging.registration.register_features` gives channels to ANTs as
 further metrics. Settings of the training: `fdl_bidsapp/training/cifl.py`.
 """

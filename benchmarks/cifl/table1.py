@@ -40,7 +40,7 @@ from fdl_bidsapp.models.backbones import UNet
 from fdl_bidsapp.models.bundle import load_features
 from fdl_bidsapp.models.cifl import FrozenFeatures, unit_pixels, vary_channels
 from fdl_bidsapp.models.fourier import split
-from fdl_bidsapp.models.inference import autocast_dtype, resolve_device
+from fdl_bidsapp.models.inference import autocast_dtype, device_name, resolve_device
 from fdl_bidsapp.models.registration import (
     RegistrationNetwork,
     folded_share,
@@ -132,7 +132,7 @@ def main() -> None:
     about = {
         "minutes_of_features": max(minutes(job) for job in jobs),
         "command": " ".join(["python benchmarks/cifl/table1.py", *words]),
-        "machine": f"{machine()}, app {__version__}, {time.strftime('%Y-%m-%d')}",
+        "machine": f"{places(jobs)}, app {__version__}, {time.strftime('%Y-%m-%d')}",
     }
     kept = [{**row, **about} for row in rows if row["metric"] in ("dice", "hd95")]
     columns = (*AXES[:-1], *RESULT_COLUMNS, *about)
@@ -160,6 +160,10 @@ def run(job: Job) -> str:
         bundle = load_features(file)
         front, channels = FrozenFeatures(bundle.network()).eval().to(DEVICE), bundle.spec.channels
     known, unseen = load(job.data, job.unseen)
+    place = job.folder / "device.txt"
+    if not place.exists():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        place.write_text(device_name(DEVICE) if DEVICE.type == "cuda" else machine(), "utf-8")
     for task, measure in (("segmentation", segmentation), ("registration", registration)):
         table = job.folder / f"{task}.tsv"
         if not table.exists():
@@ -379,6 +383,12 @@ def gathered(job: Job) -> list[dict[str, Any]]:
         for task in ("segmentation", "registration")
         for row in read_cases(job.folder / f"{task}.tsv")
     ]
+
+
+def places(jobs: Sequence[Job]) -> str:
+    """Name where the jobs were run."""
+    found = dict.fromkeys((job.folder / "device.txt").read_text("utf-8") for job in jobs)
+    return "; ".join(found)
 
 
 def minutes(job: Job) -> float:

@@ -21,7 +21,7 @@ def add_command(commands: Any) -> None:
     )
     features.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="NIfTI files")
     features.add_argument(
-        "--model", required=True, metavar="NAME|FILE", help="from fdl train --recipe cifl"
+        "--model", default="cifl", metavar="NAME|FILE", help="from fdl train; default: cifl"
     )
     features.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
     features.add_argument("--output", type=Path, required=True, metavar="DIR")

@@ -56,6 +56,17 @@ def resolve_device(name: str = "auto") -> torch.device:
     return torch.device("cuda" if found and name != "cpu" else "cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """Name a device for a record: the GPU's own name, or ``cpu``.
+
+    Examples
+    --------
+    >>> device_name(torch.device("cpu"))
+    'cpu'
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return ``torch.bfloat16`` where the device computes in it by itself, else ``None``.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fdl_bidsapp.errors import UsageError
 from fdl_bidsapp.models.bundle import save_features
 from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec, cifl_loss, standardise
-from fdl_bidsapp.models.inference import resolve_device
+from fdl_bidsapp.models.inference import device_name, resolve_device
 from fdl_bidsapp.simulation.random_shapes import random_pair
 from fdl_bidsapp.training.fit import draw_training_curve, run_folder, with_values
 from fdl_bidsapp.training.loop import train
@@ -182,7 +182,8 @@ def fit_features(
             **settings.recipe_options,
         },
         "steps": trained.steps,
-        "trained_on": where.type,
+        "minutes": round(trained.minutes, 2),
+        "trained_on": device_name(where),
         "torch": str(torch.__version__),
         "finished": time.strftime("%Y-%m-%d"),
     }

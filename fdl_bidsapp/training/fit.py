@@ -22,7 +22,7 @@ from fdl_bidsapp.models.bundle import (
 )
 from fdl_bidsapp.models.cifl import FrozenFeatures
 from fdl_bidsapp.models.fdl import CONTRASTS, FusionNetwork, ModelSpec, build_network
-from fdl_bidsapp.models.inference import resolve_device
+from fdl_bidsapp.models.inference import device_name, resolve_device
 from fdl_bidsapp.training.batches import CaseBatches, make_bank
 from fdl_bidsapp.training.cases import (
     LabelledScan,
@@ -563,7 +563,8 @@ def _provenance(
         "steps": trained.steps,
         "step_of_weights": trained.step,
         "validation_dice": trained.validation_dice,
-        "trained_on": device.type,
+        "minutes": round(trained.minutes, 2),
+        "trained_on": device_name(device),
         "torch": str(torch.__version__),
         "finished": time.strftime("%Y-%m-%d"),
     }

@@ -96,12 +96,15 @@ class Trained:
         Steps that were made.
     validation_dice
         Of these weights; ``None`` without validation.
+    minutes
+        That it took, all runs together.
     """
 
     network: nn.Module
     step: int
     steps: int
     validation_dice: float | None
+    minutes: float
 
 
 def learning_rate_at(progress: float, peak: float) -> float:
@@ -374,9 +377,10 @@ class _State:
 
     def result(self) -> Trained:
         if self.best is None:
-            return Trained(self.averaged, self.step, self.step, self.score)
+            return Trained(self.averaged, self.step, self.step, self.score, self.spent / 60)
         self.averaged.load_state_dict(self.best["weights"])
-        return Trained(self.averaged, self.best["step"], self.step, self.best["score"])
+        step, score = self.best["step"], self.best["score"]
+        return Trained(self.averaged, step, self.step, score, self.spent / 60)
 
     def resume(self, device: torch.device) -> None:
         if not self.path.exists():

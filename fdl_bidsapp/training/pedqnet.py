@@ -20,7 +20,7 @@ from fdl_bidsapp.errors import UsageError
 from fdl_bidsapp.imaging.grid import box_around
 from fdl_bidsapp.models.backbones import BACKBONES, Backbone
 from fdl_bidsapp.models.bundle import save_volume
-from fdl_bidsapp.models.inference import resolve_device
+from fdl_bidsapp.models.inference import device_name, resolve_device
 from fdl_bidsapp.models.layers import Convolution3d
 from fdl_bidsapp.models.pedqnet import (
     VolumeNetwork,
@@ -338,7 +338,8 @@ def fit_volume(
         **configuration,
         "recipe_options": asdict(recipe),
         "steps": trained.steps,
-        "trained_on": where.type,
+        "minutes": round(trained.minutes, 2),
+        "trained_on": device_name(where),
         "torch": str(torch.__version__),
         "finished": time.strftime("%Y-%m-%d"),
     }
