@@ -569,6 +569,8 @@ def to_native(
 ) -> Segmentation:
     """Bring probabilities to the scan's own grid, and label it there.
 
+    Structures keep the volume that they have on the network's grid.
+
     Parameters
     ----------
     probabilities, affine
@@ -583,7 +585,13 @@ def to_native(
     # A small part of the scan, as a rule.
     box = box_around(np.any(native, axis=0))
     if box is not None:
-        mapped[box] = label_map(native[(slice(None), *box)], labels)
+        there = label_map(probabilities, labels)
+        voxels = []
+        for label in labels:
+            mask = (there == label.index)[None].astype(np.float32)
+            # What of it lies in the field of view, in voxels of the scan.
+            voxels.append(float(restore(mask, affine, shape, native_affine).sum()))
+        mapped[box] = label_map(native[(slice(None), *box)], labels, voxels)
     cleaned, components = largest_components(mapped, labels)
     return Segmentation(cleaned, native, components)
 

@@ -103,7 +103,11 @@ COLUMNS = _columns()
 """The columns of a scan's table, in order, with their BIDS description."""
 
 
-def label_map(probabilities: NDArray[np.float32], labels: Sequence[Label]) -> NDArray[np.uint8]:
+def label_map(
+    probabilities: NDArray[np.float32],
+    labels: Sequence[Label],
+    voxels: Sequence[float] | None = None,
+) -> NDArray[np.uint8]:
     """Give each voxel its most probable structure, or background.
 
     Parameters
@@ -112,6 +116,11 @@ def label_map(probabilities: NDArray[np.float32], labels: Sequence[Label]) -> ND
         One structure each, without background, which is the rest to 1.
     labels : K labels
         In the order of the first axis.
+    voxels
+        How many voxels each structure is known to have. Its probabilities are then multiplied by a
+        factor, from a half to two, with which it has as many, but for those that several
+        structures ask for. Interpolation makes round structures smaller: it takes more
+        probability out of them at their border than it leaves there.
 
     Returns
     -------
@@ -135,8 +144,29 @@ def label_map(probabilities: NDArray[np.float32], labels: Sequence[Label]) -> ND
         raise ValueError(f"{len(labels)} labels for {len(probabilities)} structures")
     index = np.array([label.index for label in labels], dtype=np.uint8)
     background = 1 - probabilities.sum(axis=0)
+    if voxels is not None:
+        factors = _factors(probabilities, background, voxels)
+        probabilities = probabilities * factors[:, None, None, None]
     wins = probabilities.max(axis=0) > background
     return np.where(wins, index[probabilities.argmax(axis=0)], np.uint8(0))
+
+
+def _factors(
+    probabilities: NDArray[np.float32], background: NDArray[np.float32], voxels: Sequence[float]
+) -> NDArray[np.float32]:
+    """Return what to multiply each structure with so that it wins as many voxels as are known."""
+    factors = np.ones(len(probabilities), np.float32)
+    for k, wanted in enumerate(voxels):
+        rival = np.delete(probabilities, k, axis=0).max(axis=0, initial=0)
+        rival = np.maximum(np.maximum(rival, background), 1e-6)
+        lead = np.sort((probabilities[k] / rival)[probabilities[k] > 0])[::-1]
+        n = round(wanted)
+        if n > 0 and len(lead):
+            # It wins where it leads by more than one over its factor.
+            last = lead[min(n, len(lead)) - 1]
+            following = lead[n] if n < len(lead) else last / 4
+            factors[k] = np.clip(1 / np.sqrt(last * following), 0.5, 2)
+    return factors
 
 
 def largest_components(

@@ -47,6 +47,41 @@ def test_label_map_refuses_labels_that_do_not_match():
         label_map(scene(), LABELS[:1])
 
 
+def ball(radius, spacing, shift):
+    """A soft-edged ball in a cube of some 20 mm, as a (1, n, n, n) array."""
+    n = round(20 / spacing)
+    places = (np.arange(n) - (n - 1) / 2) * spacing
+    x, y, z = (axis - s for axis, s in zip(np.ix_(places, places, places), shift, strict=True))
+    distance = np.sqrt(x**2 + y**2 + z**2)
+    return (1 / (1 + np.exp((distance - radius) / 0.6)))[None].astype("f4")
+
+
+@pytest.mark.parametrize("wanted", [180, 268, 350])
+def test_a_structure_has_as_many_voxels_as_are_known(wanted):
+    probabilities = ball(4.0, 1.0, (0.2137, -0.1179, 0.3191))
+    labels = label_map(probabilities, LABELS[:1], [wanted])
+    assert np.count_nonzero(labels) == pytest.approx(wanted, abs=2)
+    # The most probable ones.
+    assert probabilities[0][labels > 0].min() >= probabilities[0][labels == 0].max()
+
+
+def test_structures_are_changed_by_no_more_than_twofold_odds():
+    doubtful = label_map(scene() * 0.45, LABELS, [216, 512])
+    assert np.count_nonzero(doubtful == 1) == 216
+    unlikely = label_map(scene() * 0.3, LABELS, [216, 512])
+    assert np.count_nonzero(unlikely) == 0
+    none = label_map(scene(), LABELS, [0, 0])
+    np.testing.assert_array_equal(none, label_map(scene(), LABELS))
+
+
+def test_known_numbers_of_voxels_change_nothing_where_they_are_right():
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(3), 400).T.reshape(3, 10, 8, 5)
+    probabilities = probabilities[1:].astype("f4")
+    plain = label_map(probabilities, LABELS)
+    voxels = [np.count_nonzero(plain == label.index) for label in LABELS]
+    np.testing.assert_array_equal(label_map(probabilities, LABELS, voxels), plain)
+
+
 def test_largest_component_stays_and_what_was_dropped_is_told():
     labels = label_map(scene(), LABELS)
     labels[0, 0, 0] = 1
