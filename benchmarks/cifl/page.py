@@ -225,7 +225,15 @@ def verdict(dice: Sequence[Row], task: str, prefix: str) -> str:
             f"{CONTRASTS[contrast][0].upper()}{CONTRASTS[contrast][1:]}: {name} {score:.2f} against"
             f" {baseline:.2f} for the image; the bar of {BARS[task]} is {reached}."
         )
-    return " ".join(sentences)
+    below = []
+    for key, name in INPUTS.items():
+        for contrast in ("inverted", "inverted_whole", "remapped"):
+            found = value(dice, task, *key, f"{prefix}{contrast}") if key[0] == "cifl" else None
+            if found is not None and found[0] < BARS[task]:
+                below.append(f"{name} {CONTRASTS[contrast]} ({found[0]:.2f})")
+    if below:
+        sentences.append(f"Not at the bar: {'; '.join(below)}.")
+    return fill(" ".join(sentences), 100, break_long_words=False, break_on_hyphens=False)
 
 
 def band_verdict(dice: Sequence[Row]) -> str:
