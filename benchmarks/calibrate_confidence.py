@@ -92,9 +92,11 @@ def main() -> None:
 
 def about(sha256: str) -> dict[str, str]:
     """Return what a table says of how it was made."""
+    # Where they lie on this machine tells nobody anything.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
         "model_sha256": sha256[:12],
-        "command": "python benchmarks/calibrate_confidence.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python benchmarks/calibrate_confidence.py", *words]),
         "machine": machine(),
         "versions": f"Python {platform.python_version()}, torch {version('torch')}, "
         f"fdl-bidsapp {__version__}",
