@@ -9,8 +9,9 @@
 ``fit`` simulates fresh scans of the heads that the model was trained on: ordinary ones, the full
 range, the same with effects at their harsh end, slabs that hold some nuclei or none. It segments
 them with the same functions as the app, and fits the Dice of each structure to what describes it.
-Whether a structure has weights of its own for each target or the same for all is chosen by what
-foretells the Dice of heads that were left out; so is the threshold of the flag. The weights of the
+Whether a structure has weights of its own for each target, or the same for all, or the same but for
+the level, is chosen by what foretells the Dice of heads that were left out; so is the threshold of
+the flag. The weights of the
 network stay as they are. ``fit`` goes on where it was stopped.
 
 ``check`` takes the cases that ``default_model_accuracy.py`` has measured on the test heads, and
@@ -24,7 +25,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -35,11 +36,13 @@ import numpy as np
 import pandas as pd
 from default_model_accuracy import RESULTS, Draw, simulated, workers
 from machine import machine
+from scipy.optimize import brentq
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.bids.outputs import write_json
 from fdl_bidsapp.imaging.confidence import (
     BAD_DICE,
+    INTERCEPT,
     Calibration,
     choose_threshold,
     describe,
@@ -250,19 +253,17 @@ def calibrate(cases: pd.DataFrame, heads: Sequence[str]) -> tuple[Calibration, p
     foretold = pd.Series(np.nan, cases.index)
     rows = []
     for structure, own in cases.groupby("structure", sort=False):
-        together = cross_validated(own)
-        apart = pd.concat([cross_validated(part) for _, part in own.groupby("target")])
-        losses = [((guess - own["dice"]) ** 2).mean() for guess in (together, apart)]
-        alone = losses[1] < losses[0]
-        foretold.loc[own.index] = apart if alone else together
+        guesses = {way: cross_validated(own, fitted) for way, fitted in WAYS.items()}
+        way = min(guesses, key=lambda way: float(((guesses[way] - own["dice"]) ** 2).mean()))
+        foretold.loc[own.index] = guesses[way]
+        found = WAYS[way](own)
         for target, part in own.groupby("target", sort=False):
-            used = part if alone else own
-            weights[target][structure] = fit_weights(list(used["features"]), list(used["dice"]))
+            weights[target][structure] = found[target]
             guess = foretold[part.index]
             rows.append(
                 {
                     **{"target": target, "structure": structure, "masks": len(part)},
-                    "weights": "of this target" if alone else "of all targets",
+                    "weights": way,
                     "dice": part["dice"].mean(),
                     "expected": guess.mean(),
                     "absolute_error": (guess - part["dice"]).abs().mean(),
@@ -280,15 +281,62 @@ def calibrate(cases: pd.DataFrame, heads: Sequence[str]) -> tuple[Calibration, p
     return Calibration(weights, threshold), pd.DataFrame(rows)
 
 
-def cross_validated(cases: pd.DataFrame) -> pd.Series:
+Fitted = dict[str, dict[str, float]]
+"""Weights by target."""
+
+
+def together(cases: pd.DataFrame) -> Fitted:
+    """Fit all targets of a structure with the same weights."""
+    weights = fit_weights(list(cases["features"]), list(cases["dice"]))
+    return {target: weights for target in cases["target"].unique()}
+
+
+def levelled(cases: pd.DataFrame) -> Fitted:
+    """Fit them with the same weights but for the intercept, which gives each its mean Dice."""
+    found = {}
+    for target, weights in together(cases).items():
+        own = cases[cases["target"] == target]
+
+        def excess(shift: float, own: pd.DataFrame = own, weights: Any = weights) -> float:
+            moved = {**weights, INTERCEPT: weights[INTERCEPT] + shift}
+            return float(
+                np.mean([expected(moved, f) for f in own["features"]]) - own["dice"].mean()
+            )
+
+        shift = brentq(excess, -6, 6) if excess(-6) < 0 < excess(6) else 0.0
+        found[target] = {**weights, INTERCEPT: weights[INTERCEPT] + float(shift)}
+    return found
+
+
+def apart(cases: pd.DataFrame) -> Fitted:
+    """Fit each target by itself."""
+    return {
+        target: fit_weights(list(own["features"]), list(own["dice"]))
+        for target, own in cases.groupby("target", sort=False)
+    }
+
+
+WAYS: dict[str, Callable[[pd.DataFrame], Fitted]] = {
+    "of all targets": together,
+    "of all targets, levels of each": levelled,
+    "of this target": apart,
+}
+
+
+def cross_validated(cases: pd.DataFrame, fitted: Callable[[pd.DataFrame], Fitted]) -> pd.Series:
     """Return the Dice foretold for each case by a fit to the other heads."""
     foretold = pd.Series(np.nan, cases.index)
     for fold in sorted(set(cases["fold"])):
         left_out = cases["fold"] == fold
         # With a single fold there is nothing else to fit to.
         known = cases[~left_out] if not left_out.all() else cases
-        weights = fit_weights(list(known["features"]), list(known["dice"]))
-        foretold[left_out] = [expected(weights, f) for f in cases.loc[left_out, "features"]]
+        weights = fitted(known)
+        # A target that no other head has is taken as all others are.
+        others = next(iter(weights.values()))
+        foretold[left_out] = [
+            expected(weights.get(target, others), features)
+            for target, features in cases.loc[left_out, ["target", "features"]].to_numpy()
+        ]
     return foretold
 
 
