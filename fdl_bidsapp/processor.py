@@ -8,6 +8,17 @@ _SPINS = "10000"
 """Turns of a loop before a thread sleeps; the library's own are 300,000."""
 
 
+def available_cores() -> int:
+    """Return how many cores this process may use, which a scheduler may have limited.
+
+    Examples
+    --------
+    >>> available_cores() >= 1
+    True
+    """
+    return len(os.sched_getaffinity(0))
+
+
 def wait_politely() -> None:
     """Let waiting threads give up their core soon, unless the user has chosen how they wait.
 

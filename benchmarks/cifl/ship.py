@@ -11,31 +11,23 @@ the last one writes the card again with what was measured.
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
 from textwrap import dedent
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import pandas as pd
+from shipping import ship
 
-import fdl_bidsapp.models
-from fdl_bidsapp.bids.outputs import write_text
 from fdl_bidsapp.models.bundle import FeatureBundle, load_features, save_features
 
-WEIGHTS = Path(fdl_bidsapp.models.__file__).parent / "weights"
 RESULTS = Path(__file__).parents[1] / "results" / "cifl_midbrain.tsv"
 NAME = "cifl"
 
 
 def main() -> None:
     """Store what is given, and write the card."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("features", nargs="?", type=Path, help="of fdl train --recipe cifl")
-    options = parser.parse_args()
-    if options.features is not None:
-        trained = load_features(options.features)
-        shipped = WEIGHTS / f"{NAME}.safetensors"
-        save_features(shipped, trained.network(), trained.spec, dtype="float16")
-    write_text(WEIGHTS / f"{NAME}.md", card(load_features(NAME)))
+    ship(NAME, __doc__, load_features, save_features, card)
 
 
 def card(bundle: FeatureBundle) -> str:

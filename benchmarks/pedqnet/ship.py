@@ -10,7 +10,6 @@ third one writes the card again with what was measured.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from textwrap import dedent
@@ -18,26 +17,21 @@ from textwrap import dedent
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pandas as pd
 from compare import DIVISION, JOINT, RESULTS, VARIATION, values
+from shipping import ship
 
-import fdl_bidsapp.models
-from fdl_bidsapp.bids.outputs import write_text
 from fdl_bidsapp.models.bundle import VolumeBundle, load_volume, save_volume
 
-WEIGHTS = Path(fdl_bidsapp.models.__file__).parent / "weights"
 NAME = "pedqnet"
 
 
 def main() -> None:
     """Store what is given, and write the card."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("network", nargs="?", type=Path, help="of fdl train joint.toml")
-    options = parser.parse_args()
-    if options.network is not None:
-        trained = load_volume(options.network, "susceptibility")
-        shipped = WEIGHTS / f"{NAME}.safetensors"
-        save_volume(shipped, trained.network(), trained.spec, dtype="float16")
-    bundle = load_volume(NAME, "susceptibility")
-    write_text(WEIGHTS / f"{NAME}.md", card(bundle))
+    ship(NAME, __doc__, reconstruction, save_volume, card)
+
+
+def reconstruction(name_or_path: str | Path) -> VolumeBundle:
+    """Load a network for susceptibility."""
+    return load_volume(name_or_path, "susceptibility")
 
 
 def card(bundle: VolumeBundle) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
@@ -19,7 +18,7 @@ from fdl_bidsapp import __version__
 from fdl_bidsapp.cli.parser import parse
 from fdl_bidsapp.cli.trouble import explain, visible
 from fdl_bidsapp.errors import FdlError, InputMissingError, OutputError, StorageError
-from fdl_bidsapp.processor import wait_politely
+from fdl_bidsapp.processor import available_cores, wait_politely
 from fdl_bidsapp.settings import Settings, read_bids_filters
 from fdl_bidsapp.space import lacks_space, where_space_lacks
 
@@ -260,7 +259,7 @@ def _run_workflow(
     from fdl_bidsapp.workflows.participant import Compute, Job, init_participant_wf
     from fdl_bidsapp.workflows.progress import Progress
 
-    cpus = settings.nprocs or len(os.sched_getaffinity(0))
+    cpus = settings.nprocs or available_cores()
     # One scan alone gets all processors and needs no process of its own.
     at_once = min(cpus, len(todo))
     threads = settings.omp_nthreads or max(1, cpus // at_once)

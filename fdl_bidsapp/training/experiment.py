@@ -6,7 +6,6 @@ import csv
 import itertools
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from fdl_bidsapp.errors import (
     UsageError,
 )
 from fdl_bidsapp.imaging.overlap import METRICS
+from fdl_bidsapp.processor import available_cores
 from fdl_bidsapp.training.bootstrap import bootstrap_mean
 from fdl_bidsapp.training.cases import SPLITS, in_split
 from fdl_bidsapp.training.evaluate import CASE_COLUMNS, MEAN, evaluate
@@ -478,7 +478,7 @@ def _each(
                 return
             yield run, _do(run, experiment, output, device, None)
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, available_cores() // jobs)
     rest = iter(waiting)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures: dict[Future[FdlError | None], Run] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from fdl_bidsapp.errors import DataError, StorageError
 from fdl_bidsapp.memory import kept_memory
 from fdl_bidsapp.models.inference import autocast_dtype
+from fdl_bidsapp.processor import available_cores
 
 LOG_EVERY = 25
 """Steps over which the logged loss is averaged."""
@@ -227,7 +227,7 @@ def drawing_processes(device: torch.device) -> int:
     >>> drawing_processes(torch.device("cpu"))
     0
     """
-    return 0 if device.type == "cpu" else min(os.cpu_count() or 1, 12)
+    return 0 if device.type == "cpu" else min(available_cores(), 12)
 
 
 def _drawn_ahead(
@@ -244,6 +244,7 @@ def _drawn_ahead(
             multiprocessing_context="fork",
             pin_memory=torch.cuda.is_available(),
         )
+        return
     with ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(draw, step, progress.value)
         for after in count(step + 1):

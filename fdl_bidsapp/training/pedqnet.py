@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -32,6 +31,7 @@ from fdl_bidsapp.models.pedqnet import (
 )
 from fdl_bidsapp.physics.dipole import field_from_susceptibility
 from fdl_bidsapp.physics.inversion import thresholded_division
+from fdl_bidsapp.processor import available_cores
 from fdl_bidsapp.training.fields import (
     INFANT_SPACING,
     SUBCORTICAL,
@@ -355,7 +355,7 @@ def simulate_cases(settings: VolumeSettings) -> Iterator[FieldCase]:
     Each is brought to the network's grid. They come from as many processes as there are cores, to
     eight.
     """
-    processes = min(os.cpu_count() or 1, settings.cases, 8)
+    processes = min(available_cores(), settings.cases, 8)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_simulate_case, repeat(settings), range(settings.cases))
 
@@ -389,7 +389,7 @@ class FieldPatches:
         recipe: VolumeRecipe,
         spec: VolumeSpec,
     ) -> None:
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        with ThreadPoolExecutor(min(available_cores(), 8)) as pool:
             self.measured = list(pool.map(_Measured, cases, repeat(spec)))
         self.settings, self.recipe, self.spec = settings, recipe, spec
         # The field of sources beyond the patch is known roughly; it is strongest at the border.
