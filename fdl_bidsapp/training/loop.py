@@ -9,10 +9,8 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from ctypes import c_double
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any, cast
 
@@ -179,8 +177,7 @@ def train(
     started = saved = time.monotonic() - state.spent
     rate = schedule.learning_rate
     run = RecordedNetwork(network) if record and device.type == "cuda" else network
-    done = RawValue(c_double)
-    batches = _drawn_ahead(draw, state.step, processes, done)
+    batches = _drawn_ahead(draw, state.step, processes, lambda: progress)
     with kept_memory(), _progress_bar() as bar, closing(batches):
         while True:
             state.spent = time.monotonic() - started
@@ -203,7 +200,6 @@ def train(
             rate = schedule.learning_rate
             if schedule.one_cycle:
                 rate = learning_rate_at(progress, rate)
-            done.value = progress
             image, classes, *others = (t.to(device, non_blocking=True) for t in next(batches))
             # A recording keeps no copies of the weights that autocast made.
             with torch.autocast(
@@ -231,37 +227,37 @@ def drawing_processes(device: torch.device) -> int:
 
 
 def _drawn_ahead(
-    draw: Draw, step: int, processes: int, progress: c_double
+    draw: Draw, step: int, processes: int, progress: Callable[[], float]
 ) -> Generator[tuple[Tensor, ...]]:
     """Give the batches from a step on; the next ones are drawn while one is worked on."""
     if processes:
         # Forked: what is drawn from lies in memory once.
         yield from DataLoader(
-            _Steps(draw, progress),
+            _Steps(draw),
             batch_size=None,
-            sampler=count(step),
+            sampler=((each, progress()) for each in count(step)),
             num_workers=processes,
             multiprocessing_context="fork",
             pin_memory=torch.cuda.is_available(),
         )
         return
     with ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(draw, step, progress.value)
+        following = ahead.submit(draw, step, progress())
         for after in count(step + 1):
             batch = following.result()
-            following = ahead.submit(draw, after, progress.value)
+            following = ahead.submit(draw, after, progress())
             yield batch
 
 
 class _Steps(Dataset[tuple[Tensor, ...]]):
-    """The batches of all steps."""
+    """The batches of all steps, by the step and the progress that is known when it is asked for."""
 
-    def __init__(self, draw: Draw, progress: c_double) -> None:
-        self.draw, self.progress = draw, progress
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
 
-    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+    def __getitem__(self, at: tuple[int, float]) -> tuple[Tensor, ...]:
         torch.set_num_threads(1)
-        return self.draw(step, self.progress.value)
+        return self.draw(*at)
 
 
 class RecordedNetwork:
