@@ -47,7 +47,7 @@ def gather(
     axes: Sequence[str],
     command: str,
     published: Path | None = None,
-    chosen: Mapping[str, Any] | None = None,
+    chosen: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Add the runs of a folder to the kept cases; write means and differences of methods of all.
 
@@ -80,7 +80,7 @@ def gather(
     write_tsv(RESULTS / f"{name}_cases.tsv", _rounded(cases), columns)
     results = aggregate(cases, axes)
     if published is not None:
-        add_published(results, published, chosen or {})
+        add_published(results, published, chosen)
     made = made_by(command)
     group = tuple(axis for axis in axes if axis != "seed")
     _write(name, results, (*group, *RESULT_COLUMNS, *PUBLISHED_COLUMNS), made)

@@ -1,15 +1,19 @@
 """Run the few-label experiment on the simulated cohort, and put it into ``benchmarks/results``.
 
-    python benchmarks/midbrain/run.py COHORT OUT [--recipes paper strong] [--seeds 1] \
-        [--jobs 2] [--max-minutes 60]
+    python benchmarks/midbrain/run.py COHORT OUT [--recipes paper strong] [--structures RN DN] \
+        [--targets qsm imag r2star] [--n-train 4 16] [--seeds 1] [--jobs 2] [--max-minutes 60] \
+        [--published fdl_tables.tsv]
 
-``COHORT`` is from ``cohort.py``. Run again, it goes on, also on another machine: runs whose cases
+``COHORT`` is from ``cohort.py``. Red and dentate nuclei are segmented apart, left and right as one
+structure, as the papers do: with a class for each side the papers' Dice loss can end with every
+other voxel in the wrong one. Run again, it goes on, also on another machine: runs whose cases
 are in the results are not done again. The results are those of the runs that are done.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -21,6 +25,7 @@ from fdl_bidsapp.training.experiment import make_experiment, run_experiment
 from fdl_bidsapp.training.fit import read_toml
 
 HERE = Path(__file__).parent
+PARTS = ("others", "multimodal")
 
 
 def main() -> None:
@@ -29,43 +34,58 @@ def main() -> None:
     parser.add_argument("cohort", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--recipes", nargs="+", default=["paper", "strong"])
+    parser.add_argument("--structures", nargs="+", default=["RN", "DN"])
+    parser.add_argument("--targets", nargs="+", default=["qsm", "imag", "r2star"])
+    parser.add_argument("--n-train", nargs="+", type=int, help="in place of those of the recipe")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--max-minutes", type=float, default=float("inf"))
+    parser.add_argument("--published", type=Path, help="table of published values")
     options = parser.parse_args()
 
-    started = time.monotonic()
-    for seed in range(options.seeds):
-        for recipe in options.recipes:
-            for part in ("multimodal", "others"):
-                run(options, recipe, seed, part, (time.monotonic() - started) / 60)
+    until = time.monotonic() + 60 * options.max_minutes
+    for seed, target, nuclei, recipe, part in itertools.product(
+        range(options.seeds), options.targets, options.structures, options.recipes, PARTS
+    ):
+        minutes = (until - time.monotonic()) / 60
+        run(options, recipe, [nuclei], [target], seed, part, minutes)
     for recipe in options.recipes:
+        values = read_toml(HERE / f"{recipe}.toml")
         gather(
             f"midbrain_{recipe}",
             options.out / recipe,
-            tuple(read_toml(HERE / f"{recipe}.toml")["grid"]),
+            tuple(values["grid"]),
             f"python benchmarks/midbrain/run.py COHORT OUT --recipes {recipe}",
+            options.published,
+            values["published"],
         )
 
 
 def run(
-    options: argparse.Namespace, recipe: str, seed: int, part: str, minutes_spent: float
+    options: argparse.Namespace,
+    recipe: str,
+    structures: list[str],
+    targets: list[str],
+    seed: int,
+    part: str,
+    minutes: float,
 ) -> None:
-    """Run one recipe's grid with one seed: multimodal fusion, or the methods of one contrast."""
+    """Run a part of a recipe's grid: multimodal fusion, or the methods of one contrast."""
     values = read_toml(HERE / f"{recipe}.toml")
-    values["table"] = str(options.cohort / "cases.tsv")
-    values["grid"]["seed"] = [seed]
-    methods = values["grid"]["method"]
-    if part == "multimodal":
-        values["grid"]["method"] = ["multimodal"]
-    else:
-        values["grid"]["method"] = [method for method in methods if method != "multimodal"]
+    grid = values["grid"]
+    grid |= {"structures": [structures], "targets": [targets], "seed": [seed]}
+    grid["method"] = [each for each in grid["method"] if (each == "multimodal") == (part == each)]
+    if options.n_train:
+        grid["n_train"] = options.n_train
+    values["table"] = str(options.cohort / "nuclei.tsv")
+    if part != "multimodal":
         del values["modalities"]
+    name = "-".join([*structures, *targets, part, str(seed)])
     run_experiment(
         unfinished(make_experiment(values), f"midbrain_{recipe}"),
-        options.out / recipe / f"{part}-{seed}",
+        options.out / recipe / name,
         jobs=options.jobs,
-        max_minutes=max(options.max_minutes - minutes_spent, 0),
+        max_minutes=max(minutes, 0),
         progress=lambda line: print(f"{recipe}: {line}"),
     )
 

@@ -62,7 +62,7 @@ def main() -> None:
             tuple(dict.fromkeys([*values["grid"], "seed"])),
             f"python benchmarks/msd_hippocampus/run.py TABLES OUT --grids {grids}",
             options.published,
-            values.get("published", {}),
+            values.get("published", []),
         )
 
 

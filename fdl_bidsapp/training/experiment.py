@@ -80,15 +80,16 @@ class Experiment:
     flips
         Whether to average over mirrored input when measuring.
     published
-        Which published values to show beside: ``task``, ``paper``, and ``n_train`` with the
-        published number for each of ours that differs.
+        Which published values to show beside. Each entry has ``task``, ``paper`` or ``target`` as
+        in the table, ``n_train`` with the published number for each of ours that differs, and
+        ``where`` with the grid's values that it is for.
     """
 
     runs: tuple[Run, ...]
     axes: tuple[str, ...]
     split: str = "test"
     flips: bool = False
-    published: Mapping[str, Any] | None = None
+    published: Sequence[Mapping[str, Any]] = ()
 
 
 def make_experiment(values: Mapping[str, Any]) -> Experiment:
@@ -98,7 +99,8 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
     ----------
     values
         Settings as for a training; the table ``grid``, with a list of values for each setting that
-        varies; ``measure`` with ``split`` and ``flips``; ``published``, see :class:`Experiment`.
+        varies; ``measure`` with ``split`` and ``flips``; the array of tables ``published``, see
+        :class:`Experiment`.
 
     Raises
     ------
@@ -129,6 +131,11 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
         raise UsageError(
             f"there is no split {measure['split']!r}", f"choose one of {', '.join(SPLITS)}"
         )
+    published = values.get("published", [])
+    if not isinstance(published, list) or not all(isinstance(each, Mapping) for each in published):
+        raise UsageError(
+            "published is no array of tables", "write [[published]], with double brackets"
+        )
     runs = []
     for choice in itertools.product(*grid.values()):
         point = dict(zip(grid, choice, strict=True))
@@ -141,7 +148,7 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
         tuple(grid),
         measure.get("split", "test"),
         bool(measure.get("flips", False)),
-        values.get("published"),
+        published,
     )
 
 
@@ -216,7 +223,7 @@ def _write_tables(
     results = aggregate(cases, axes)
     columns: tuple[str, ...] = (*_group_axes(axes), *RESULT_COLUMNS)
     if published is not None:
-        add_published(results, published, experiment.published or {})
+        add_published(results, published, experiment.published)
         columns = (*columns, *PUBLISHED_COLUMNS)
     write_tsv(output / "cases.tsv", cases, (*axes, *CASE_COLUMNS))
     write_tsv(output / "results.tsv", results, columns)
@@ -376,7 +383,7 @@ def method_differences(cases: Sequence[Mapping[str, Any]], axes: Sequence[str]) 
     return rows
 
 
-def add_published(results: Sequence[Row], table: Path, chosen: Mapping[str, Any]) -> None:
+def add_published(results: Sequence[Row], table: Path, chosen: Sequence[Mapping[str, Any]]) -> None:
     """Put the published value beside each result of the same method and number of cases.
 
     Parameters
@@ -385,7 +392,8 @@ def add_published(results: Sequence[Row], table: Path, chosen: Mapping[str, Any]
         From :func:`aggregate`; changed.
     table
         With the columns ``paper``, ``task``, ``n_train``, ``method``, ``metric``, ``value``,
-        ``lower`` and ``upper``.
+        ``lower`` and ``upper``, and ``target`` where an entry names one. Of two values of one point
+        the later one counts.
     chosen
         See :class:`Experiment`.
 
@@ -397,24 +405,31 @@ def add_published(results: Sequence[Row], table: Path, chosen: Mapping[str, Any]
     try:
         with table.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
-        found = {
-            (row["method"], row["n_train"], PUBLISHED_METRICS[row["metric"]][0]): row
-            for row in rows
-            if row["task"] == chosen.get("task")
-            and row["paper"] == chosen.get("paper", row["paper"])
-            and row["metric"] in PUBLISHED_METRICS
-        }
+        for each in chosen:
+            _add_published(results, rows, each)
     except FileNotFoundError as error:
         raise InputMissingError("there is no such table", "check the path", path=table) from error
     except (OSError, KeyError, ValueError) as error:
         raise DataError(
             "this is no table of published values", "give its columns as documented", path=table
         ) from error
-    renamed = chosen.get("n_train", {})
+
+
+def _add_published(
+    results: Sequence[Row], rows: Sequence[Mapping[str, str]], chosen: Mapping[str, Any]
+) -> None:
+    found = {
+        (row["method"], row["n_train"], PUBLISHED_METRICS[row["metric"]][0]): row
+        for row in rows
+        if all(row[key] == chosen[key] for key in ("task", "paper", "target") if key in chosen)
+        and row["metric"] in PUBLISHED_METRICS
+    }
+    renamed, where = chosen.get("n_train", {}), chosen.get("where", {})
     for result in results:
         n = str(renamed.get(str(result.get("n_train")), result.get("n_train")))
         row = found.get((str(result.get("method")), n, result["metric"]))
-        if row is None or result["structure"] != MEAN:
+        meant = all(result.get(axis) == plain(value) for axis, value in where.items())
+        if row is None or result["structure"] != MEAN or not meant:
             continue
         factor = PUBLISHED_METRICS[row["metric"]][1]
         result["published_n_train"] = n

@@ -133,18 +133,36 @@ def test_methods_are_compared_in_pairs_of_case_and_seed():
 def test_published_values_stand_beside_ours(tmp_path):
     table = tmp_path / "published.tsv"
     table.write_text(
-        "paper\ttask\tn_train\tmethod\tmetric\tvalue\tlower\tupper\n"
-        "FDL\tRN\t4\tlate\tdice_percent\t64.46\t61.12\t67.43\n"
-        "FDL\tDN\t4\tlate\tdice_percent\t11.11\t\t\n"
-        "FDL\tRN\t166\tlate\thd95\t1.25\t\t\n"
+        "paper\ttask\ttarget\tn_train\tmethod\tmetric\tvalue\tlower\tupper\n"
+        "FDL\tRN\tQSM\t4\tlate\tdice_percent\t64.46\t61.12\t67.43\n"
+        "FDL\tDN\tQSM\t4\tlate\tdice_percent\t11.11\t\t\n"
+        "FDL\tRN\tQSM\t166\tlate\thd95\t1.25\t\t\n"
+        "other\tRN\tSWI\t4\tlate\tdice\t0.3\t\t\n"
     )
-    cases = [row(n, "0", "a", 0.5) for n in ("4", "165")]
-    results = aggregate(cases, ("method", "n_train", "seed"))
-    add_published(results, table, {"task": "RN", "n_train": {"165": 166}})
+    cases = [
+        {"targets": target, **row(n, "0", "a", 0.5)}
+        for target in ("qsm", "swi", "imag")
+        for n in ("4", "165")
+    ]
+    results = aggregate(cases, ("targets", "method", "n_train", "seed"))
+    chosen = {"task": "RN", "target": "QSM", "n_train": {"165": 166}, "where": {"targets": ["qsm"]}}
+    add_published(results, table, [chosen, {"paper": "other", "where": {"targets": "swi"}}])
     found = {
-        (one["n_train"], one["metric"]): one["published"] for one in results if "published" in one
+        (one["targets"], one["n_train"], one["metric"]): one["published"]
+        for one in results
+        if "published" in one
     }
-    assert found == {("4", "dice"): pytest.approx(0.6446), ("165", "hd95"): 1.25}
+    assert found == {
+        ("qsm", "4", "dice"): pytest.approx(0.6446),
+        ("qsm", "165", "hd95"): 1.25,
+        ("swi", "4", "dice"): 0.3,
+    }
+
+
+def test_published_values_are_an_array_of_tables():
+    values = {"grid": {"seed": [0]}, "table": "cases.tsv", "published": {"task": "RN"}}
+    with pytest.raises(UsageError, match="no array of tables"):
+        make_experiment(values)
 
 
 def test_gathered_cases_are_read_as_they_were_written(tmp_path):
