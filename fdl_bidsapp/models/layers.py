@@ -106,7 +106,7 @@ class NormalisedActivation(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take ``(B, C, *shape)`` to the same shape."""
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        if x.device.type != "cpu":
             return F.leaky_relu(super().forward(x), self.SLOPE, inplace=True)
         voxels = _channels_last(x)
         flat = voxels.reshape(len(x), -1, x.shape[1])
@@ -114,13 +114,18 @@ class NormalisedActivation(nn.GroupNorm):
             Tensor,
             _NormalisedActivation.apply(flat, self.weight, self.bias, self.eps, self.SLOPE),
         )
-        return _channels_first(y.reshape(voxels.shape))
+        return _channels_first(y.to(x.dtype).reshape(voxels.shape))
 
 
 class _NormalisedActivation(torch.autograd.Function):
-    """What :class:`NormalisedActivation` does with (B, voxels, C), in few passes over memory."""
+    """What :class:`NormalisedActivation` does with (B, voxels, C), in few passes over memory.
+
+    Under autocast in float32, as a GPU does it: sums over a volume want the digits, and PyTorch's
+    own gradient in bfloat16 takes longer than all of the convolutions.
+    """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float
     ) -> Tensor:
@@ -134,6 +139,7 @@ class _NormalisedActivation(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         normal, y, weight, scale = ctx.saved_tensors

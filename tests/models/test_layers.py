@@ -77,3 +77,23 @@ def test_a_block_keeps_channels_innermost() -> None:
 def test_half_precision_is_normalised_too() -> None:
     image = torch.rand(1, 3, 4, 5, 6).bfloat16()
     assert NormalisedActivation(3).bfloat16()(image).dtype == torch.bfloat16
+
+
+def test_under_autocast_the_activation_is_computed_in_float32() -> None:
+    generator = torch.Generator().manual_seed(2)
+    layer = NormalisedActivation(3)
+    image = (100 + torch.randn(1, 3, 12, 11, 10, generator=generator)).bfloat16()
+
+    def run(x: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x)
+        y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).bfloat16().to(y.dtype))
+        assert x.grad is not None
+        return y.detach(), x.grad
+
+    y, gradient = run(image, autocast=True)
+    assert y.dtype == torch.bfloat16
+    exact, exact_gradient = run(image.float(), autocast=False)
+    assert torch.equal(y, exact.bfloat16())
+    assert torch.equal(gradient, exact_gradient.bfloat16())
