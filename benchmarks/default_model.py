@@ -7,7 +7,8 @@ Two networks: a coarse one finds midbrain and cerebellum, the other segments the
 ``LABELS`` is a folder of head label maps (see docs/simulation.md), of which the first ``--heads``
 are used. Run it again after an interruption and it goes on. ``--draw-only`` fills the cache. A
 finished phase leaves ``weights.safetensors`` and ``phase.json`` in its folder, which are all that
-the next one needs: it may run on another machine, one with a GPU.
+the next one needs: it may run on another machine, one with a GPU. ``--again MODEL`` goes on from a
+finished model, with the last phase alone and for all of the minutes and steps.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fdl_bidsapp.imaging.grid import Grid, middle
 from fdl_bidsapp.imaging.intensity import normalise
 from fdl_bidsapp.labels import Label, mirrored, nuclei
 from fdl_bidsapp.memory import kept_memory
-from fdl_bidsapp.models.bundle import save_bundle
+from fdl_bidsapp.models.bundle import Bundle, load_bundle, save_bundle
 from fdl_bidsapp.models.fdl import CONTRASTS, ModelSpec, build_network
 from fdl_bidsapp.models.fourier import low_part
 from fdl_bidsapp.models.inference import resolve_device
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--again", metavar="MODEL", help="model to go on from, file or name")
     parser.add_argument("--draw-only", action="store_true")
     parser.add_argument("--cached-only", action="store_true", help="train on what the cache holds")
     options = parser.parse_args()
@@ -160,11 +162,14 @@ def main() -> None:
     regions, heads = fill(options)
     if options.draw_only:
         return
+    folder = options.output.with_suffix(".run")
+    if options.again:
+        go_on(load_bundle(options.again), regions, folder, options)
+        return
     started = time.time()
     spec = specification(options.width)
-    folder = options.output.with_suffix(".run")
     locator = train_locator(spec, heads, folder, options)
-    parts = train_parts(spec, regions, folder, options)
+    parts = train_parts(spec, PHASES, regions, folder, options)
     phases = [read_phase(folder / name) for name in (*PHASES, *LOCATOR_PHASES)]
     parts_of = phases[: len(PHASES)]
     provenance = {
@@ -187,6 +192,33 @@ def main() -> None:
     digest = save_bundle(options.output, network, final, bank(final, regions), dtype="float16")
     seconds = time.time() - started
     print(f"{options.output}: {provenance['steps']} steps, SHA-256 {digest}, {seconds:.0f} s")
+
+
+def go_on(
+    bundle: Bundle, regions: Sequence[Path], folder: Path, options: argparse.Namespace
+) -> None:
+    """Train a finished model on, and write it with what it was and is trained on."""
+    name = list(PHASES)[-1]
+    network, spec = bundle.network(), bundle.spec
+    last = {name: replace(PHASES[name], share=1.0)}
+    start = {key: x for key, x in network.state_dict().items() if not key.startswith("locator.")}
+    network.load_state_dict(train_parts(spec, last, regions, folder, options, start), strict=False)
+    before: Mapping[str, Any] = spec.provenance
+    phase = read_phase(folder / name)
+    provenance = {
+        **{key: value for key, value in before.items() if key != "calibration"},
+        "data": f"{before['data']}; then {phase['data']}",
+        "steps": before["steps"] + phase["steps"],
+        "windows": before["windows"] + phase["steps"] * phase["batch"],
+        "minutes": before["minutes"] + phase["minutes"],
+        "trained_on": f"{before['trained_on']}, then {spent([phase])}",
+        "gone_on_from": bundle.sha256[:12],
+        "torch": torch.__version__,
+        "finished": time.strftime("%Y-%m-%d"),
+    }
+    final = replace(spec, calibration=None, provenance=provenance)
+    digest = save_bundle(options.output, network, final, bundle.bank, dtype="float16")
+    print(f"{options.output}: {phase['steps']} steps more, SHA-256 {digest}")
 
 
 def fill(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
@@ -355,11 +387,18 @@ def values(labels: Sequence[Label]) -> list[list[int]]:
 
 
 def train_parts(
-    spec: ModelSpec, files: Sequence[Path], folder: Path, options: argparse.Namespace
+    spec: ModelSpec,
+    phases: Mapping[str, Phase],
+    files: Sequence[Path],
+    folder: Path,
+    options: argparse.Namespace,
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train the network that segments, phase by phase, and return its weights."""
     torch.manual_seed(options.seed)
     network: torch.nn.Module = build_network(replace(spec, locator=None, regions=()))
+    if start is not None:
+        network.load_state_dict(start)
     windows = SimulatedWindows(
         files,
         dict(spec.intensity),
@@ -372,7 +411,7 @@ def train_parts(
         region_shares=REGION_SHARES,
         astray=ASTRAY,
     )
-    for name, phase in PHASES.items():
+    for name, phase in phases.items():
         # All scans were read once to find their regions.
         windows.contrasts, windows.cut_off = dict(phase.targets), phase.cut_off
 
