@@ -7,11 +7,11 @@
     python benchmarks/calibrate_confidence.py check --model CALIBRATED --work WORK2
 
 ``fit`` simulates fresh scans of the heads that the model was trained on: ordinary ones, the full
-range, the same with effects at their harsh end, slabs that hold some nuclei or none. It segments
-them with the same functions as the app, and fits the Dice of each structure to what describes it.
-Whether a structure has weights of its own for each target, or the same for all, or the same but for
-the level, is chosen by what foretells the Dice of heads that were left out; so is the threshold of
-the flag. The weights of the
+range, the same with effects at their harsh end, slabs that hold some nuclei or none; and scans of
+the template's head, whose nuclei are of other shapes. It segments them with the same functions as
+the app, and fits the Dice of each structure to what describes it. Whether a structure has weights
+of its own for each target, or the same for all, or the same but for the level, is chosen by what
+foretells the Dice of heads that were left out; so is the threshold of the flag. The weights of the
 network stay as they are. ``fit`` goes on where it was stopped.
 
 ``check`` takes the cases that ``default_model_accuracy.py`` has measured on the test heads, and
@@ -52,6 +52,7 @@ from fdl_bidsapp.imaging.confidence import (
 from fdl_bidsapp.models.bundle import load_bundle, save_bundle
 from fdl_bidsapp.simulation.parameters import Value, effects, generator, understood
 
+TEMPLATE = "template"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "confidence.png"
 HARSH = 3
 """Effects at their harsh end in one of four scans."""
@@ -75,6 +76,7 @@ def main() -> None:
     command.add_argument("--labels-dir", type=Path, required=True)
     command.add_argument("--heads", nargs="+", default=[f"sub-{i:02d}" for i in range(1, 17)])
     command.add_argument("--scans", type=int, default=192)
+    command.add_argument("--template-scans", type=int, default=24)
     command.add_argument("--seed", type=int, default=81_000)
     command.add_argument("--set", action="append", default=[], metavar="EFFECT=VALUE")
     command.add_argument("--work", type=Path, required=True, help="what was measured, kept")
@@ -112,6 +114,7 @@ def fit(options: argparse.Namespace) -> None:
     draws = [
         calibration_draw(i, options.heads, options.seed, options.set) for i in range(options.scans)
     ]
+    draws += [template_draw(i, options.seed) for i in range(options.template_scans)]
     measure = partial(
         measured,
         model=str(bundle.path),
@@ -126,12 +129,13 @@ def fit(options: argparse.Namespace) -> None:
             minutes = (time.monotonic() - start) / 60
             print(f"{i + 1} of {len(draws)} scans, {minutes:.1f} min", flush=True)
     cases = pd.DataFrame(rows)
-    calibration, table = calibrate(cases, options.heads)
+    calibration, table = calibrate(cases)
     provenance = {
         **bundle.spec.provenance,
         "calibration": {
             "heads": options.heads,
             "scans": options.scans,
+            "template_scans": options.template_scans,
             "seed": options.seed,
             "forced": options.set,
             "app_version": __version__,
@@ -170,6 +174,26 @@ def calibration_draw(i: int, heads: Sequence[str], seed: int, words: Sequence[st
     return Draw(f"calibration{i:04d}", "calibration", head, (seed, i), profile, {**given, **forced})
 
 
+def template_draw(i: int, seed: int) -> Draw:
+    """Return the i-th scan of the template's head, of which each seed makes another one."""
+    name = f"{TEMPLATE}{i:04d}"
+    return Draw(name, "calibration", name, (seed + i,), "ordinary")
+
+
+def scanned(
+    draw: Draw, labels_dir: Path, device: str
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Simulate a scan; return its maps, label map and affine."""
+    if draw.head.startswith(TEMPLATE):
+        from fdl_bidsapp.training.data import simulate_template
+
+        template = simulate_template(draw.seed[0])
+        return dict(template.maps), template.labels, template.affine
+    scan = simulated(draw, labels_dir, device)
+    maps = {name: image.cpu().numpy() for name, image in scan.maps.items()}
+    return maps, scan.labels.cpu().numpy(), scan.affine
+
+
 @lru_cache(maxsize=1)
 def loaded(model: str, device: str) -> Any:
     """Load a model once a process."""
@@ -201,16 +225,14 @@ def measured(
             return list(known["Rows"])
     except (OSError, ValueError):
         pass
-    scan = simulated(draw, labels_dir, device)
-    maps = {name: image.cpu().numpy() for name, image in scan.maps.items()}
-    true = scan.labels.cpu().numpy()
+    maps, true, scan_affine = scanned(draw, labels_dir, device)
     rows = []
     for target in spec.contrasts:
-        images = ScanImages(target, maps, scan.affine)
+        images = ScanImages(target, maps, scan_affine)
         probabilities, affine = segment_canvas(to_canvas(images, spec), bundle, network, place)
-        result = to_native(probabilities, affine, true.shape, scan.affine, spec.labels)
+        result = to_native(probabilities, affine, true.shape, scan_affine, spec.labels)
         described = describe(
-            result.labels, result.probabilities, spec.labels, scan.affine, result.components
+            result.labels, result.probabilities, spec.labels, scan_affine, result.components
         )
         for label, features in zip(spec.labels, described, strict=True):
             found, there = result.labels == label.index, true == label.index
@@ -237,7 +259,7 @@ def _fingerprint(state: dict[str, Any], spec: str) -> str:
     return digest.hexdigest()
 
 
-def calibrate(cases: pd.DataFrame, heads: Sequence[str]) -> tuple[Calibration, pd.DataFrame]:
+def calibrate(cases: pd.DataFrame) -> tuple[Calibration, pd.DataFrame]:
     """Fit each structure, per target where that foretells better; choose the threshold.
 
     Returns
@@ -248,7 +270,8 @@ def calibrate(cases: pd.DataFrame, heads: Sequence[str]) -> tuple[Calibration, p
     """
     # What was not found has no features, and no confidence whatever the weights.
     cases = cases[cases["features"].notna() & cases["dice"].notna()].reset_index(drop=True)
-    cases["fold"] = [list(heads).index(head) % min(FOLDS, len(heads)) for head in cases["head"]]
+    heads = sorted(cases["head"].unique())
+    cases["fold"] = [heads.index(head) % min(FOLDS, len(heads)) for head in cases["head"]]
     weights: dict[str, dict[str, dict[str, float]]] = {target: {} for target in set(cases.target)}
     foretold = pd.Series(np.nan, cases.index)
     rows = []

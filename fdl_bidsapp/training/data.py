@@ -19,7 +19,7 @@ from fdl_bidsapp.simulation.anatomy import voxel_size
 from fdl_bidsapp.simulation.geometry import rotation, smooth_noise
 from fdl_bidsapp.simulation.labelmaps import HeadMap
 from fdl_bidsapp.simulation.parameters import Value, draw_values
-from fdl_bidsapp.simulation.scan import draw_protocol, simulate_scan
+from fdl_bidsapp.simulation.scan import SimulatedScan, draw_protocol, simulate_scan
 from fdl_bidsapp.simulation.simulator import simulate_label_map
 from fdl_bidsapp.simulation.stream import cut_region, draw_batch
 from fdl_bidsapp.simulation.tissue import Person
@@ -40,23 +40,17 @@ REGION_JITTER = 5.0
 """Largest distance of a kept region's middle from that of the nuclei along each axis, mm."""
 
 
-def cache_template(region: Path, head: Path, seed: int, grid: Grid) -> None:
-    """Simulate an ordinary scan of the template's head; keep its region and its coarse head.
+def simulate_template(seed: int) -> SimulatedScan:
+    """Simulate an ordinary scan of the template's head, of which each seed makes another one.
 
     Parameters
     ----------
-    region, head
-        The files, laid out as :func:`cache_region` says. Existing ones are kept.
     seed
         Everything about the scan follows from it.
-    grid
-        The region's grid.
     """
-    if region.exists() and head.exists():
-        return
     rng = np.random.default_rng([seed, 1])
     protocol, spacing, angles = draw_protocol(rng)
-    scan = simulate_scan(
+    return simulate_scan(
         np.random.default_rng([seed, 2]),
         np.random.default_rng([seed, 3]),
         person=Person(age=float(rng.uniform(25, 85)), parkinson=bool(rng.random() < 0.4)),
@@ -66,6 +60,23 @@ def cache_template(region: Path, head: Path, seed: int, grid: Grid) -> None:
         variation=float(rng.uniform(0.9, 1.3)),
         tissue_spread=float(rng.uniform(0.9, 1.3)),
     )
+
+
+def cache_template(region: Path, head: Path, seed: int, grid: Grid) -> None:
+    """Simulate a scan of the template's head; keep its region and its coarse head.
+
+    Parameters
+    ----------
+    region, head
+        The files, laid out as :func:`cache_region` says. Existing ones are kept.
+    seed
+        As for :func:`simulate_template`.
+    grid
+        The region's grid.
+    """
+    if region.exists() and head.exists():
+        return
+    scan = simulate_template(seed)
     reference = canonical(nib.Nifti1Image(scan.maps["imag"], scan.affine))
 
     def keep(path: Path, canvas: Grid, around_nuclei: bool) -> None:
