@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -439,28 +439,52 @@ def _window(
 def _segment_located(
     canvas: Canvas, bundle: Bundle, network: FusionNetwork, device: torch.device, flips: bool
 ) -> tuple[Array, Array]:
-    """Look at one window around each region that the model's locator finds."""
+    """Look at one window around each region that the model's locator finds.
+
+    Where the target does not lead to a region, the scan's other contrasts may: they see the same
+    head.
+    """
     spec = bundle.spec
     grid = Grid(spec.grid_shape, spec.grid_spacing)
     images = {name: nib.Nifti1Image(data, canvas.affine) for name, data in canvas.maps.items()}
     # Windows lie on a canvas at the model's spacing, of which no more than they hold is sampled.
     shape, affine, box = canvas_geometry(images[canvas.target], grid)
     assert network.locator is not None
-    located = _located(images[canvas.target], canvas.target, affine, spec, network.locator, device)
+    assert spec.locator is not None
+    others = [name for name in images if name != canvas.target and name in spec.locator.contrasts]
+
+    @cache
+    def located(contrast: str) -> list[list[Array]]:
+        locator = cast("FusionNetwork", network.locator)
+        return _located(images[contrast], contrast, affine, spec, locator, device)
+
+    def elsewhere(region: int) -> Iterator[Array]:
+        for name in others:
+            # One contrast may be flat and the others good.
+            with suppress(ImageError):
+                yield from located(name)[region]
+
     pieces: list[tuple[Array, Corner]] = []
-    for region, (places, positions) in enumerate(zip(located, spec.windows, strict=True)):
+    for region, positions in enumerate(spec.windows):
         if not positions:
             continue
         look = partial(
             _look, images, affine, canvas.target, bundle, network, device, flips, region, positions
         )
         best: Look | None = None
-        for centre in places:
+        for centre in located(canvas.target)[region]:
             seen = _settled(look, window_around(centre, shape, grid), shape, box, grid)
             if best is None or seen.shown > best.shown:
                 best = seen
             if best.shown == len(positions):
                 break
+        if best is None or not best.shown:
+            for centre in elsewhere(region):
+                seen = _settled(look, window_around(centre, shape, grid), shape, box, grid)
+                # Where the target saw nothing, less than everything would be a guess.
+                if seen.shown == len(positions):
+                    best = seen
+                    break
         if best is not None:
             pieces.append((best.probabilities, best.start))
     if not pieces:

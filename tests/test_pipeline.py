@@ -215,7 +215,10 @@ def located(monkeypatch, blob_model):
     network.locator = nn.Identity()
 
     def run(
-        canvas: Canvas, *centres: tuple[float, float, float] | list | None, regions: tuple = ()
+        canvas: Canvas,
+        *centres: tuple[float, float, float] | list | None,
+        regions: tuple = (),
+        elsewhere: dict[str, list] | None = None,
     ) -> tuple[int, tuple]:
         from fdl_bidsapp import pipeline
         from fdl_bidsapp.models import inference
@@ -229,7 +232,13 @@ def located(monkeypatch, blob_model):
 
         places = [centre if isinstance(centre, list) else [centre] for centre in centres]
         where = [[np.array(place) for place in each if place is not None] for each in places]
-        monkeypatch.setattr(pipeline, "_located", lambda *_: where)
+        monkeypatch.setattr(
+            pipeline,
+            "_located",
+            lambda _, contrast, *__: (
+                where if contrast == canvas.target else (elsewhere or {})[contrast]
+            ),
+        )
         monkeypatch.setattr(inference, "predict", counted)
         coarse = replace(
             bundle.spec,
@@ -272,6 +281,29 @@ def test_without_the_region_nothing_is_found(located, blobs):
     data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
     looks, (probabilities, _) = located(canvas_of(data, [], []), None)
     assert looks == 0
+    assert not probabilities.any()
+
+
+@pytest.mark.parametrize("own", [None, (52, 15, 16)], ids=["no place", "a wrong one"])
+def test_another_contrast_may_lead_to_what_the_target_does_not(located, blobs, own):
+    data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
+    canvas = canvas_of(data, [], [])
+    canvas.maps["imag"] = data
+    places = {"imag": [[np.array((12, 15, 16))]]}
+    _, found = located(canvas, own, elsewhere=places)
+    assert centres(*found) == [[5, 16, 16], [16, 16, 16]]
+    # It does not have to where the target leads to a part.
+    part = blobs(bright=(10, 16, 16), dark=(52, 16, 16)).data("qsm", (64, 32, 32))
+    canvas = replace(canvas, maps={"qsm": part, "imag": part})
+    _, (probabilities, _) = located(canvas, (14, 15, 16), elsewhere=places)
+    assert [bool((each > 0.5).any()) for each in probabilities] == [True, False]
+
+
+def test_where_the_target_saw_nothing_a_part_is_not_enough(located, blobs):
+    data = blobs(bright=(10, 16, 16), dark=(52, 16, 16)).data("qsm", (64, 32, 32))
+    canvas = canvas_of(data, [], [])
+    canvas.maps["imag"] = data
+    _, (probabilities, _) = located(canvas, None, elsewhere={"imag": [[np.array((14, 15, 16))]]})
     assert not probabilities.any()
 
 
