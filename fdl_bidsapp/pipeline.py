@@ -441,8 +441,8 @@ def _segment_located(
 ) -> tuple[Array, Array]:
     """Look at one window around each region that the model's locator finds.
 
-    Where the target does not lead to a region, the scan's other contrasts may: they see the same
-    head.
+    Where the target does not lead to all of a region, the scan's other contrasts may: they see the
+    same head.
     """
     spec = bundle.spec
     grid = Grid(spec.grid_shape, spec.grid_spacing)
@@ -478,10 +478,10 @@ def _segment_located(
                 best = seen
             if best.shown == len(positions):
                 break
-        if best is None or not best.shown:
+        if best is None or best.shown < len(positions):
             for centre in elsewhere(region):
                 seen = _settled(look, window_around(centre, shape, grid), shape, box, grid)
-                # Where the target saw nothing, less than everything would be a guess.
+                # Where the target does not point to, less than everything would be a guess.
                 if seen.shown == len(positions):
                     best = seen
                     break

@@ -284,7 +284,9 @@ def test_without_the_region_nothing_is_found(located, blobs):
     assert not probabilities.any()
 
 
-@pytest.mark.parametrize("own", [None, (52, 15, 16)], ids=["no place", "a wrong one"])
+@pytest.mark.parametrize(
+    "own", [None, (52, 15, 16), (34, 15, 16)], ids=["no place", "a wrong one", "one of a part"]
+)
 def test_another_contrast_may_lead_to_what_the_target_does_not(located, blobs, own):
     data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
     canvas = canvas_of(data, [], [])
@@ -292,19 +294,17 @@ def test_another_contrast_may_lead_to_what_the_target_does_not(located, blobs, o
     places = {"imag": [[np.array((12, 15, 16))]]}
     _, found = located(canvas, own, elsewhere=places)
     assert centres(*found) == [[5, 16, 16], [16, 16, 16]]
-    # It does not have to where the target leads to a part.
-    part = blobs(bright=(10, 16, 16), dark=(52, 16, 16)).data("qsm", (64, 32, 32))
-    canvas = replace(canvas, maps={"qsm": part, "imag": part})
-    _, (probabilities, _) = located(canvas, (14, 15, 16), elsewhere=places)
-    assert [bool((each > 0.5).any()) for each in probabilities] == [True, False]
 
 
-def test_where_the_target_saw_nothing_a_part_is_not_enough(located, blobs):
+def test_what_another_contrast_leads_to_has_to_be_all(located, blobs):
     data = blobs(bright=(10, 16, 16), dark=(52, 16, 16)).data("qsm", (64, 32, 32))
     canvas = canvas_of(data, [], [])
     canvas.maps["imag"] = data
-    _, (probabilities, _) = located(canvas, None, elsewhere={"imag": [[np.array((14, 15, 16))]]})
+    places = {"imag": [[np.array((48, 15, 16))]]}
+    _, (probabilities, _) = located(canvas, None, elsewhere=places)
     assert not probabilities.any()
+    _, (probabilities, _) = located(canvas, (14, 15, 16), elsewhere=places)
+    assert [bool((each > 0.5).any()) for each in probabilities] == [True, False]
 
 
 def test_each_region_gives_its_own_structures(located, blobs):

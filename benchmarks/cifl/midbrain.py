@@ -1,7 +1,7 @@
 """Do features help on contrasts that were not trained on? Red and dentate nuclei, simulated heads.
 
     python benchmarks/midbrain/cohort.py LABELS COHORT --spin-echo
-    python benchmarks/cifl/midbrain.py COHORT OUT [--features cifl] [--minutes 60] [--steps 1200]
+    python benchmarks/cifl/midbrain.py COHORT OUT [--features cifl] [--minutes 90] [--steps 3000]
 
 Two networks are trained on QSM alone, one on the image and one on its features; both and the
 default model are measured on each contrast of the test heads, and on T1- and T2-weighted images of
@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("cohort", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--features", default="cifl")
-    parser.add_argument("--minutes", type=float, default=60, help="of each training")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--minutes", type=float, default=90, help="of each training")
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -76,9 +76,11 @@ def main() -> None:
             found = summarise(with_means(cases))
             rows += [{"target": target, **row, "model": name} for row in found]
             print(target, name, len(scans), file=sys.stderr)
+    named = {str(options.cohort): "COHORT", str(options.out): "OUT"}
+    words = [named.get(word, word) for word in sys.argv[1:]]
     about = {
         "features_sha256": load_features(options.features).sha256[:12],
-        "command": "python " + " ".join(["benchmarks/cifl/midbrain.py", *sys.argv[1:]]),
+        "command": "python " + " ".join(["benchmarks/cifl/midbrain.py", *words]),
         "machine": f"{machine()}, app {__version__}, {time.strftime('%Y-%m-%d')}",
     }
     kept = [{**row, **about} for row in rows if row["metric"] == "dice"]

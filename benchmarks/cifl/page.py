@@ -258,11 +258,10 @@ def band_verdict(dice: Sequence[Row]) -> str:
     return " ".join(sentences)
 
 
-MIDBRAIN = """Mean Dice of red and dentate nuclei, left and right, on unseen simulated heads. All
-but the default model were trained on QSM alone. T1w and T2w are rough simulations of the same
-heads, as of a cohort that has no gradient echo. All images are boxes of 64 × 80 × 72 mm around the
-nuclei; the default model, which looks for midbrain and cerebellum first, was made for whole heads,
-and does better there (its card has the figures)."""
+MIDBRAIN = """Mean Dice of red and dentate nuclei, left and right, on unseen simulated heads, in
+boxes of 64 × 80 × 72 mm around the nuclei. All but the default model were trained on QSM alone, the default
+model on all four contrasts of a scan. T1w and T2w are rough simulations of the same heads, as of a
+cohort that has no gradient echo."""
 
 
 def midbrain(rows: Sequence[Row]) -> list[str]:
