@@ -259,9 +259,9 @@ def band_verdict(dice: Sequence[Row]) -> str:
 
 
 MIDBRAIN = """Mean Dice of red and dentate nuclei, left and right, on unseen simulated heads, in
-boxes of 64 × 80 × 72 mm around the nuclei. All but the default model were trained on QSM alone, the default
-model on all four contrasts of a scan. T1w and T2w are rough simulations of the same heads, as of a
-cohort that has no gradient echo."""
+boxes of 64 × 80 × 72 mm around the nuclei. All but the default model were trained on QSM alone, the
+default model on all four contrasts of a scan. T1w and T2w are rough simulations of the same heads,
+as of a cohort that has no gradient echo."""
 
 
 def midbrain(rows: Sequence[Row]) -> list[str]:
