@@ -1,11 +1,11 @@
 """Average the weights of a model before and after its last phase of training.
 
-    python benchmarks/average_weights.py BEFORE AFTER OUTPUT [--calibration CALIBRATED]
+    python benchmarks/average_weights.py BEFORE AFTER OUTPUT
 
 A network that is trained on for long on scans of one kind forgets others. The mean of both weights
 does what the first could and most of what the second has learnt (Wortsman et al., Robust
-Fine-tuning of Zero-shot Models, CVPR 2022). ``--calibration`` takes the confidence of a third file,
-which is then one of other weights: measure it again with ``calibrate_confidence.py check``.
+Fine-tuning of Zero-shot Models, CVPR 2022). Its confidence is another's: fit it again with
+``calibrate_confidence.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--calibration", type=Path, help="a model whose confidence to take")
     options = parser.parse_args()
     before, after = load_bundle(options.before), load_bundle(options.after)
     network = after.network()
@@ -32,13 +31,6 @@ def main() -> None:
     network.load_state_dict(state)
     told = "weights: the mean of those before and after the last phase"
     spec = replace(after.spec, provenance={**after.spec.provenance, "averaged": told})
-    if options.calibration is not None:
-        calibrated = load_bundle(options.calibration).spec
-        made = calibrated.provenance["calibration"]
-        assert isinstance(made, dict)
-        made = {**made, "network": "of the last phase, before the weights were averaged"}
-        provenance = {**spec.provenance, "calibration": made}
-        spec = replace(spec, calibration=calibrated.calibration, provenance=provenance)
     print(save_bundle(options.output, network, spec, after.bank, dtype="float16"))
 
 

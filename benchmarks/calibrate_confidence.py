@@ -188,7 +188,7 @@ def scanned(
         from fdl_bidsapp.training.data import simulate_template
 
         template = simulate_template(draw.seed[0])
-        return dict(template.maps), template.labels, template.affine
+        return template.maps, template.labels, template.affine
     scan = simulated(draw, labels_dir, device)
     maps = {name: image.cpu().numpy() for name, image in scan.maps.items()}
     return maps, scan.labels.cpu().numpy(), scan.affine

@@ -39,7 +39,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from machine import machine
+from machine import command_line, machine
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.bids.outputs import write_json
@@ -115,8 +115,7 @@ def main() -> None:
     cases = read_cases(options.work, draws)
     about = {
         "model_sha256": bundle.sha256[:12],
-        "command": "python benchmarks/default_model_accuracy.py "
-        + " ".join("WORK" if word == str(options.work) else word for word in sys.argv[1:]),
+        "command": command_line("benchmarks/default_model_accuracy.py", WORK=options.work),
         "machine": machine(),
         "versions": f"Python {platform.python_version()}, torch {version('torch')}, "
         f"fdl-bidsapp {__version__}",

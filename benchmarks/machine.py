@@ -1,10 +1,12 @@
-"""What a benchmark says of the machine it ran on."""
+"""What a benchmark says of how it was run."""
 
 from __future__ import annotations
 
-import os
 import platform
+import sys
 from pathlib import Path
+
+from fdl_bidsapp.processor import available_cores
 
 
 def machine() -> str:
@@ -13,4 +15,10 @@ def machine() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
+    return f"{name}, {available_cores()} cores, {platform.system()}"
+
+
+def command_line(script: str, **named: Path) -> str:
+    """Write the command that is running, with names in place of this machine's folders."""
+    names = {str(path): name for name, path in named.items()}
+    return " ".join(["python", script, *(names.get(word, word) for word in sys.argv[1:])])

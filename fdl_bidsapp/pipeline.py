@@ -449,13 +449,13 @@ def _segment_located(
     images = {name: nib.Nifti1Image(data, canvas.affine) for name, data in canvas.maps.items()}
     # Windows lie on a canvas at the model's spacing, of which no more than they hold is sampled.
     shape, affine, box = canvas_geometry(images[canvas.target], grid)
-    assert network.locator is not None
+    locator = network.locator
+    assert locator is not None
     assert spec.locator is not None
     others = [name for name in images if name != canvas.target and name in spec.locator.contrasts]
 
     @cache
     def located(contrast: str) -> list[list[Array]]:
-        locator = cast("FusionNetwork", network.locator)
         return _located(images[contrast], contrast, affine, spec, locator, device)
 
     def elsewhere(region: int) -> Iterator[Array]:
@@ -463,6 +463,9 @@ def _segment_located(
             # One contrast may be flat and the others good.
             with suppress(ImageError):
                 yield from located(name)[region]
+
+    def settled(look: Callable[[Corner], Look], centre: Array) -> Look:
+        return _settled(look, window_around(centre, shape, grid), shape, box, grid)
 
     pieces: list[tuple[Array, Corner]] = []
     for region, positions in enumerate(spec.windows):
@@ -473,14 +476,14 @@ def _segment_located(
         )
         best: Look | None = None
         for centre in located(canvas.target)[region]:
-            seen = _settled(look, window_around(centre, shape, grid), shape, box, grid)
+            seen = settled(look, centre)
             if best is None or seen.shown > best.shown:
                 best = seen
             if best.shown == len(positions):
                 break
         if best is None or best.shown < len(positions):
             for centre in elsewhere(region):
-                seen = _settled(look, window_around(centre, shape, grid), shape, box, grid)
+                seen = settled(look, centre)
                 # Where the target does not point to, less than everything would be a guess.
                 if seen.shown == len(positions):
                     best = seen

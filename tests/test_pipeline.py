@@ -232,13 +232,8 @@ def located(monkeypatch, blob_model):
 
         places = [centre if isinstance(centre, list) else [centre] for centre in centres]
         where = [[np.array(place) for place in each if place is not None] for each in places]
-        monkeypatch.setattr(
-            pipeline,
-            "_located",
-            lambda _, contrast, *__: (
-                where if contrast == canvas.target else (elsewhere or {})[contrast]
-            ),
-        )
+        by_contrast = {**(elsewhere or {}), canvas.target: where}
+        monkeypatch.setattr(pipeline, "_located", lambda _, contrast, *__: by_contrast[contrast])
         monkeypatch.setattr(inference, "predict", counted)
         coarse = replace(
             bundle.spec,

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
-from machine import machine
+from machine import command_line, machine
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.bids.outputs import write_tsv
@@ -76,11 +76,11 @@ def main() -> None:
             found = summarise(with_means(cases))
             rows += [{"target": target, **row, "model": name} for row in found]
             print(target, name, len(scans), file=sys.stderr)
-    named = {str(options.cohort): "COHORT", str(options.out): "OUT"}
-    words = [named.get(word, word) for word in sys.argv[1:]]
     about = {
         "features_sha256": load_features(options.features).sha256[:12],
-        "command": "python " + " ".join(["benchmarks/cifl/midbrain.py", *words]),
+        "command": command_line(
+            "benchmarks/cifl/midbrain.py", COHORT=options.cohort, OUT=options.out
+        ),
         "machine": f"{machine()}, app {__version__}, {time.strftime('%Y-%m-%d')}",
     }
     kept = [{**row, **about} for row in rows if row["metric"] == "dice"]

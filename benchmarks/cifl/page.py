@@ -17,6 +17,8 @@ from textwrap import fill
 
 import numpy as np
 
+from fdl_bidsapp.imaging.confidence import BAD_DICE
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "cifl.md"
@@ -48,9 +50,6 @@ PUBLISHED = {
 
 ALONE, ALONE_FEATURES = "QSM alone", "QSM alone, CIFL"
 """Models of the table of benchmarks/cifl/midbrain.py."""
-
-USABLE = 0.7
-"""Mean Dice below which a mask is called bad, as in the confidence."""
 
 BARS = {"segmentation": 0.84, "registration": 0.69}
 
@@ -311,13 +310,13 @@ def midbrain_verdict(
             worse.append(said)
         best = max(models, key=lambda model: float(by_model[model]["mean"]))
         score = float(by_model[best]["mean"])
-        (usable if score >= USABLE else useless).append(f"{contrast} ({best}: {score:.2f})")
+        (usable if score >= BAD_DICE else useless).append(f"{contrast} ({best}: {score:.2f})")
     sentences = [
         f"{words} {', '.join(found) or 'none'}."
         for found, words in (
             (better, "Features raise the Dice of the network of QSM alone, intervals apart, on"),
             (worse, "They lower it on"),
-            (usable, f"A mean Dice of {USABLE} or more, by the best of these, comes out of"),
+            (usable, f"A mean Dice of {BAD_DICE} or more, by the best of these, comes out of"),
             (useless, "Nothing usable comes out of"),
         )
     ]

@@ -50,14 +50,13 @@ def main() -> None:
         minutes = (until - time.monotonic()) / 60
         run(options, recipe, [nuclei], [target], seed, part, minutes)
     for recipe in options.recipes:
-        values = read_toml(HERE / f"{recipe}.toml")
         gather(
             f"midbrain_{recipe}",
             options.out / recipe,
-            tuple(values["grid"]),
+            tuple(read_toml(HERE / f"{recipe}.toml")["grid"]),
             f"python benchmarks/midbrain/run.py COHORT OUT --recipes {recipe}",
             options.published,
-            values["published"],
+            read_toml(HERE / "published.toml")["published"],
         )
 
 

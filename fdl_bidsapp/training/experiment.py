@@ -92,6 +92,10 @@ class Experiment:
     published: Sequence[Mapping[str, Any]] = ()
 
 
+_TABLES = ("n_train", "where")
+"""What of an entry of ``published`` is a table itself."""
+
+
 def make_experiment(values: Mapping[str, Any]) -> Experiment:
     """Make an experiment from the values of a TOML file.
 
@@ -135,6 +139,10 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
     if not isinstance(published, list) or not all(isinstance(each, Mapping) for each in published):
         raise UsageError(
             "published is no array of tables", "write [[published]], with double brackets"
+        )
+    if not all(isinstance(each.get(k, {}), Mapping) for each in published for k in _TABLES):
+        raise UsageError(
+            "n_train or where of a published entry is no table", "write them as {n = value}"
         )
     runs = []
     for choice in itertools.product(*grid.values()):

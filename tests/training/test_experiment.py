@@ -159,9 +159,17 @@ def test_published_values_stand_beside_ours(tmp_path):
     }
 
 
-def test_published_values_are_an_array_of_tables():
-    values = {"grid": {"seed": [0]}, "table": "cases.tsv", "published": {"task": "RN"}}
-    with pytest.raises(UsageError, match="no array of tables"):
+@pytest.mark.parametrize(
+    ("published", "said"),
+    [
+        ({"task": "RN"}, "no array of tables"),
+        ([{"task": "RN", "where": "qsm"}], "no table"),
+        ([{"task": "RN", "n_train": [166]}], "no table"),
+    ],
+)
+def test_published_values_are_an_array_of_tables(published, said):
+    values = {"grid": {"seed": [0]}, "table": "cases.tsv", "published": published}
+    with pytest.raises(UsageError, match=said):
         make_experiment(values)
 
 
