@@ -86,35 +86,28 @@ def random_warp(
     return normalised.flip(-1)[None]
 
 
-def warp(images: Tensor, classes: Tensor, n_classes: int, grid: Tensor) -> tuple[Tensor, Tensor]:
+def warp(images: Tensor, classes: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     """Sample images and labels at the places of a grid; 0 beyond the block.
+
+    Labels are those of the nearest voxel, which keeps volumes on average. The class with the
+    largest interpolated share would take 7 % of a red nucleus and 14 % of a subthalamic nucleus.
 
     Parameters
     ----------
     images : (1, C, X', Y', Z') float32 tensor
     classes : (1, X', Y', Z') integer tensor
-    n_classes
-        Background included.
     grid
         From :func:`random_warp`.
 
     Returns
     -------
     images : (1, C, X, Y, Z) float32 tensor, linear interpolation
-    classes : (1, X, Y, Z) int64 tensor, the class with the largest share of the voxel
+    classes : (1, X, Y, Z) int64 tensor
     """
-    present = [k for k in classes.unique().tolist() if 0 < k < n_classes]
-    shares = [(classes == k).to(images.dtype)[:, None] for k in present]
-    moved = F.grid_sample(torch.cat([images, *shares], 1), grid, align_corners=True)
-    channels = images.shape[1]
-    # Class by class: a reduction over the channels takes longer than all the sampling.
-    largest = 1 - moved[:, channels:].sum(1)
-    chosen = torch.zeros(largest.shape, dtype=torch.int64, device=images.device)
-    for k, share in zip(present, moved[:, channels:].unbind(1), strict=True):
-        larger = share > largest
-        chosen[larger] = k
-        largest = torch.maximum(largest, share)
-    return moved[:, :channels], chosen
+    moved = F.grid_sample(images, grid, align_corners=True)
+    labels = classes.to(images.dtype)[:, None]
+    nearest = F.grid_sample(labels, grid, mode="nearest", align_corners=True)[:, 0]
+    return moved, nearest.long()
 
 
 def vary_intensity(image: Tensor, rng: np.random.Generator, strength: float = 1.0) -> Tensor:

@@ -167,7 +167,6 @@ class _Resident:
         self.region = region
         self.wanted = [position + 1 for position in spec.windows[region]]
         self.shape = spec.grid_shape
-        self.n_classes = len(spec.labels) + 1
         self.names = [contrast for contrast in case.maps if contrast in spec.intensity]
         inside = np.argwhere(np.isin(case.classes, self.wanted))
         canvas = case.classes.shape
@@ -212,7 +211,7 @@ class _Resident:
         i, j, k = (float(rng.integers(low, high + 1)) for low, high in self.starts)
         a, b, c = self.classes.shape[1:]
         grid = random_warp(rng, self.shape, (i, j, k), (a, b, c), strength, self.images.device)
-        images, classes = warp(self.images, self.classes, self.n_classes, grid)
+        images, classes = warp(self.images, self.classes, grid)
         return images + self.nothing, classes
 
 

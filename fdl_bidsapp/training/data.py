@@ -345,7 +345,7 @@ def cut_window(
     images : (1, len(channels), X, Y, Z) float32 tensor
         Linear interpolation; zero beyond the scan.
     classes : (1, X, Y, Z) int64 tensor
-        The class with the largest share.
+        Those of the nearest voxel.
     """
     corner = np.asarray(centre) - (np.array(shape) - 1) / 2
     margin = 2 + np.ceil(0.2 * strength * max(shape)).astype(int)
@@ -367,7 +367,7 @@ def cut_window(
         torch.device("cpu"),
     )  # fmt: skip
     images, labels = torch.from_numpy(block[:-1])[None], torch.from_numpy(block[-1])[None]
-    return warp(images, labels.to(torch.uint8), 256, places)
+    return warp(images, labels, places)
 
 
 class SimulatedHeads:

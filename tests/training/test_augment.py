@@ -21,11 +21,25 @@ def scene() -> tuple[torch.Tensor, torch.Tensor]:
 def test_image_and_labels_move_together(seed):
     image, classes = scene()
     grid = random_warp(np.random.default_rng(seed), SHAPE, (0, 0, 0), SHAPE, 1.0, CPU)
-    moved, labels = warp(image, classes, 3, grid)
+    moved, labels = warp(image, classes, grid)
     assert labels.dtype == torch.int64
     assert set(labels.unique().tolist()) <= {0, 1, 2}
     disagree = ((moved[0, 0] > 0.5) != (labels[0] == 1)).float().mean()
     assert disagree < 0.01
+
+
+def test_labels_keep_their_volume():
+    places = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in SHAPE], indexing="ij"))
+    middle = torch.tensor(SHAPE).view(3, 1, 1, 1) / 2
+    ball = (places - middle).norm(dim=0) < 2.5
+    classes = ball[None].to(torch.uint8)
+    rng = np.random.default_rng(0)
+    volumes = []
+    for _ in range(200):
+        start = tuple(rng.uniform(-1, 1, 3))
+        grid = random_warp(rng, SHAPE, start, SHAPE, 0.0, CPU)
+        volumes.append(float(warp(ball[None, None].float(), classes, grid)[1].sum()))
+    assert np.mean(volumes) == pytest.approx(float(ball.sum()), rel=0.02)
 
 
 def test_warps_differ_and_follow_from_the_seed():
@@ -41,7 +55,7 @@ def test_a_window_is_cut_at_its_start():
     block = torch.rand(1, 1, *SHAPE)
     rng = np.random.default_rng(0)
     grid = random_warp(rng, (8, 6, 7), (3, 2, 5), SHAPE, 0.0, CPU)
-    moved, _ = warp(block, torch.zeros(1, *SHAPE, dtype=torch.uint8), 2, grid)
+    moved, _ = warp(block, torch.zeros(1, *SHAPE, dtype=torch.uint8), grid)
     torch.testing.assert_close(moved, block[..., 3:11, 2:8, 5:12], atol=1e-5, rtol=0)
 
 
