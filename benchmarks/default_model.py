@@ -377,6 +377,7 @@ def specification(width: int) -> ModelSpec:
         labels=nuclei(),
         locator=locator,
         regions=REGIONS,
+        flips=True,
     )
 
 

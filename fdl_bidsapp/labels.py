@@ -106,3 +106,17 @@ def mirrored(labels: tuple[Label, ...]) -> tuple[int, ...]:
         position.get((label.structure, other.get(label.hemisphere, "")), i)
         for i, label in enumerate(labels)
     )
+
+
+def may_flip(labels: tuple[Label, ...]) -> bool:
+    """Tell whether a mirrored scan is a valid one: every sided structure has its partner.
+
+    Examples
+    --------
+    >>> may_flip(by_abbreviation(["RNL", "RNR"])), may_flip(by_abbreviation(["RNL"]))
+    (True, False)
+    """
+    return all(
+        label.hemisphere not in ("L", "R") or partner != i
+        for i, (label, partner) in enumerate(zip(labels, mirrored(labels), strict=True))
+    )

@@ -352,7 +352,7 @@ def segment_canvas(
     network: FusionNetwork,
     device: torch.device,
     *,
-    flips: bool = False,
+    flips: str = "auto",
 ) -> tuple[Array, Array]:
     """Run the network on a canvas.
 
@@ -371,7 +371,8 @@ def segment_canvas(
     bundle, network, device
         The model, built and on its device.
     flips
-        Average over left-right mirrored input too.
+        Whether to average over left-right mirrored input: ``yes``, ``no``, or ``auto`` for the
+        model's own way.
 
     Returns
     -------
@@ -380,8 +381,9 @@ def segment_canvas(
         Their voxels to scanner coordinates, mm.
     """
     spec = bundle.spec
+    both = spec.averages_flips(flips)
     if network.locator is not None:
-        return _segment_located(canvas, bundle, network, device, flips)
+        return _segment_located(canvas, bundle, network, device, both)
     grid = Grid(spec.grid_shape, spec.grid_spacing)
     box = cast("Box", tuple(slice(int(a), int(b)) for a, b in canvas.box))
     starts, reserve = (
@@ -392,7 +394,7 @@ def segment_canvas(
     def run(start: Corner) -> Array:
         place = tuple(slice(s, s + n) for s, n in zip(start, grid.shape, strict=True))
         cut = {contrast: data[place] for contrast, data in canvas.maps.items()}
-        return _window(cut, canvas.target, bundle, network, device, flips)
+        return _window(cut, canvas.target, bundle, network, device, both)
 
     first = run(starts[0])
     one = not reserve and len(starts) == 1

@@ -16,6 +16,7 @@ LEVELS = ("participant", "group")
 CONTRASTS = ("qsm", "r2star", "imag", "swi")
 TARGETS = ("auto", *CONTRASTS)
 DEVICES = ("auto", "cpu", "cuda")
+FLIPS = ("auto", "yes", "no")
 PAPER_MEASURES = ("volume", "qsm_mean", "r2star_mean")
 QSM_REFERENCES = ("brain", "csf")
 RECONSTRUCTIONS = ("auto", "never", "tv", "tikhonov", "tkd", "ndi", "pedqnet")
@@ -67,7 +68,8 @@ class Settings:
     device
         ``auto``, ``cpu`` or ``cuda``.
     flips
-        Whether to average the network's output over left-right flips.
+        Whether to average the network's output over left-right flips: ``yes``, ``no``, or ``auto``
+        for what the model was made for.
     output_spaces
         Standard spaces in which the label map is written as well.
     save_probabilities
@@ -118,7 +120,7 @@ class Settings:
     target: str = "auto"
     model: str = "default"
     device: str = "auto"
-    flips: bool = False
+    flips: str = "auto"
     output_spaces: tuple[str, ...] = ()
     save_probabilities: bool = False
     nprocs: int | None = None

@@ -12,7 +12,7 @@ from torch import nn
 
 from fdl_bidsapp.bids.inputs import Scan, Source
 from fdl_bidsapp.errors import AmbiguousInputError, DataError, ImageError, InputMissingError
-from fdl_bidsapp.labels import by_abbreviation
+from fdl_bidsapp.labels import by_abbreviation, mirrored
 from fdl_bidsapp.models.bundle import load_bundle
 from fdl_bidsapp.models.fdl import ModelSpec
 from fdl_bidsapp.pipeline import (
@@ -193,6 +193,31 @@ def test_one_window_is_enough_where_it_holds_all_with_room(windows_run, blobs):
     assert windows_run(canvas_of(inside, starts, []))[0] == 1
     near_the_face = blobs(bright=(5, 16, 16), dark=(26, 16, 16)).data("qsm", (64, 32, 32))
     assert windows_run(canvas_of(near_the_face, starts, []))[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("made_for", "choice", "averaged"),
+    [(False, "auto", False), (True, "auto", True), (True, "no", False), (False, "yes", True)],
+)
+def test_mirror_images_are_averaged_as_the_model_says_or_as_asked(
+    blob_model, blobs, made_for, choice, averaged
+):
+    class LeftIsBrighter(nn.Module):
+        locator = None
+
+        def forward(self, image: torch.Tensor, others: object = ()) -> list[torch.Tensor]:
+            ramp = torch.linspace(1, 0, image.shape[2])[:, None, None]
+            return [torch.cat([0 * image, image * ramp, -image], 1)]
+
+    bundle = load_bundle(blob_model)
+    bundle = replace(bundle, spec=replace(bundle.spec, flips=made_for))
+    canvas = canvas_of(blobs().data("qsm", (32, 32, 32)), [(0, 0, 0)], [])
+    found, _ = segment_canvas(canvas, bundle, LeftIsBrighter(), CPU, flips=choice)
+    mirror = replace(canvas, maps={"qsm": canvas.maps["qsm"][::-1].copy()})
+    other, _ = segment_canvas(mirror, bundle, LeftIsBrighter(), CPU, flips=choice)
+    assert (
+        np.allclose(found, other[list(mirrored(bundle.spec.labels)), ::-1], atol=1e-3) == averaged
+    )
 
 
 def test_the_rest_is_searched_only_where_something_is_missing(windows_run, blobs):

@@ -342,7 +342,7 @@ def _result_options(settings: Settings, bundle: Bundle) -> dict[str, object]:
         "recon": recon_identity(settings.recon),
         "qsm_reference": settings.qsm_reference,
         "target": settings.target,
-        "flips": settings.flips,
+        "flips": bundle.spec.averages_flips(settings.flips),
         "probabilities": settings.save_probabilities,
         "spaces": list(settings.output_spaces),
     }

@@ -13,6 +13,7 @@ from fdl_bidsapp import __version__
 from fdl_bidsapp.errors import UnknownLevelError, UsageError
 from fdl_bidsapp.settings import (
     DEVICES,
+    FLIPS,
     LEVELS,
     QSM_REFERENCES,
     RECONSTRUCTIONS,
@@ -188,8 +189,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--flips",
-        action="store_true",
-        help="segment each image and its mirror image and average them: twice the time",
+        choices=FLIPS,
+        help="segment each image and its mirror image and average them, which takes twice the "
+        "time; 'auto' does so with models that are made for it" + _default("flips"),
     )
 
     group = parser.add_argument_group("Output")

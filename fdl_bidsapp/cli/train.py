@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdl_bidsapp.errors import OutputError, UsageError
-from fdl_bidsapp.settings import CONTRASTS, DEVICES
+from fdl_bidsapp.settings import CONTRASTS, DEVICES, FLIPS
 
 if TYPE_CHECKING:
     from fdl_bidsapp.training.cases import LabelledScan
@@ -62,7 +62,12 @@ def add_commands(commands: Any) -> None:
     _add_data(evaluate)
     evaluate.add_argument("--split", choices=SPLITS, help="default: all cases")
     evaluate.add_argument("--target", choices=CONTRASTS, help="default: the first of the model's")
-    evaluate.add_argument("--flips", action="store_true", help="average over left-right flips")
+    evaluate.add_argument(
+        "--flips",
+        choices=FLIPS,
+        default="auto",
+        help="average over left-right flips; default: auto, as the model was made for",
+    )
     evaluate.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
     evaluate.set_defaults(command=_evaluate)
 

@@ -571,6 +571,8 @@ def _spec_from_json(value: object) -> ModelSpec:
         calibration=None
         if values.get("calibration") is None
         else _calibration_from_json(values["calibration"]),
+        # Older files do not tell.
+        flips=_typed(values.get("flips", False), bool),
     )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fdl_bidsapp.errors import ModelError
 from fdl_bidsapp.imaging.confidence import Calibration
-from fdl_bidsapp.labels import Label, by_abbreviation
+from fdl_bidsapp.labels import Label, by_abbreviation, may_flip
 from fdl_bidsapp.models.backbones import Backbone, make_backbone
 from fdl_bidsapp.models.cifl import FeatureNetwork, FeatureSpec, FrozenFeatures
 from fdl_bidsapp.models.fourier import SPECTRA, place, split
@@ -87,6 +87,9 @@ class ModelSpec:
         looked for around it. Empty: all of them around its only one.
     calibration
         What Dice the model's probabilities lead to expect; without it, results have no confidence.
+    flips
+        Whether the mean over an image and its mirror image is taken unless told otherwise: of use
+        where it was trained on mirrored images too.
 
     Raises
     ------
@@ -120,6 +123,7 @@ class ModelSpec:
     locator: ModelSpec | None = None
     regions: tuple[tuple[str, ...], ...] = ()
     calibration: Calibration | None = None
+    flips: bool = False
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and self.name.isprintable(), "name", self.name, "one line of text")
@@ -213,6 +217,12 @@ class ModelSpec:
             self.regions,
             "empty, or a division of the structures among those of its locator",
         )
+        _require(
+            not self.flips or may_flip(self.labels),
+            "flips",
+            self.flips,
+            "false where a structure of one side lacks that of the other",
+        )
         if self.calibration is not None:
             known = {label.structure for label in self.labels}
             calibrated = self.calibration.weights
@@ -244,6 +254,26 @@ class ModelSpec:
         names = [label.abbreviation for label in self.labels]
         regions = self.regions or (tuple(names),)
         return tuple(tuple(names.index(name) for name in region) for region in regions)
+
+    def averages_flips(self, choice: str = "auto") -> bool:
+        """Tell whether to average over flips: ``yes``, ``no``, or ``auto`` for the model's own way.
+
+        Raises
+        ------
+        ModelError
+            ``yes``, and a structure of one side lacks that of the other.
+
+        Examples
+        --------
+        >>> ModelSpec("example", flips=True).averages_flips()
+        True
+        """
+        if choice == "yes" and not may_flip(self.labels):
+            raise ModelError(
+                f"the model {self.name!r} has structures of one side only, and no mirrored image",
+                "leave out --flips yes",
+            )
+        return self.flips if choice == "auto" else choice == "yes"
 
     @property
     def image_channels(self) -> int:

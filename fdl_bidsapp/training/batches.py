@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fdl_bidsapp.imaging.intensity import limits
-from fdl_bidsapp.labels import Label, mirrored
+from fdl_bidsapp.labels import may_flip, mirrored
 from fdl_bidsapp.models.fdl import ModelSpec
 from fdl_bidsapp.models.fourier import low_part
 from fdl_bidsapp.models.inference import autocast_dtype, other_low_parts
@@ -21,22 +21,6 @@ Bank = Mapping[str, Sequence[Tensor]]
 Front = Callable[[Tensor], Tensor]
 IMAGE_ITSELF: Front = nn.Identity()
 """The front of a model that has no features."""
-
-
-def may_flip(labels: tuple[Label, ...]) -> bool:
-    """Tell whether a mirrored case is a valid case: every sided structure has its partner.
-
-    Examples
-    --------
-    >>> from fdl_bidsapp.labels import by_abbreviation
-    >>> may_flip(by_abbreviation(["RNL", "RNR"])), may_flip(by_abbreviation(["RNL"]))
-    (True, False)
-    """
-    partners = mirrored(labels)
-    return all(
-        label.hemisphere not in ("L", "R") or partner != i
-        for i, (label, partner) in enumerate(zip(labels, partners, strict=True))
-    )
 
 
 class CaseBatches:

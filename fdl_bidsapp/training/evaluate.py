@@ -67,7 +67,7 @@ def evaluate(
     *,
     target: str | None = None,
     device: str = "auto",
-    flips: bool = False,
+    flips: str = "auto",
     reference_labels: Sequence[Label] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
@@ -84,7 +84,8 @@ def evaluate(
     device
         ``auto``, ``cpu`` or ``cuda``.
     flips
-        Average over left-right mirrored input too.
+        Whether to average over left-right mirrored input: ``yes``, ``no``, or ``auto`` for the
+        model's own way.
     reference_labels
         The label maps' table; structures are matched by abbreviation. Without it, by index.
     progress

@@ -547,7 +547,8 @@ def _do(
             labelled_scans(settings), experiment.split, Path(settings.table or settings.bids_dir)
         )
         model = fit(settings, folder / "model.safetensors", device=device)
-        rows = evaluate(load_bundle(model), scans, device=device, flips=experiment.flips)
+        flips = "yes" if experiment.flips else "no"
+        rows = evaluate(load_bundle(model), scans, device=device, flips=flips)
         write_json(folder / "settings.json", recorded(run, experiment))
         write_tsv(folder / "cases.tsv", rows, CASE_COLUMNS)
     except FdlError as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from fdl_bidsapp.errors import DataError, InputMissingError, ModelError, OutputError, UsageError
+from fdl_bidsapp.labels import may_flip
 from fdl_bidsapp.models.bundle import (
     Bundle,
     FeatureBundle,
@@ -349,6 +350,7 @@ def continued_spec(settings: TrainingSettings, base: Bundle) -> tuple[ModelSpec,
             tuple(name for name in region if name in wanted) for region in base.spec.regions
         ),
         calibration=None,
+        flips=False,
     )
     return spec, known
 
@@ -402,6 +404,8 @@ def fit(
         spec, known = make_spec(settings, recipe, features)
     else:
         spec, known = continued_spec(settings, base)
+    # Only who was trained on mirrored images gains from them.
+    spec = replace(spec, flips=recipe.augment > 0 and may_flip(spec.labels))
     where = resolve_device(device)
     torch.manual_seed(settings.seed)
     network = build_network(spec)

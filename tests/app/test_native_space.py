@@ -181,7 +181,7 @@ def test_several_workers_give_the_same_as_one(study):
 
 def test_flips_and_probabilities_are_options(study):
     study.add("01")
-    assert study.run("participant", "--flips", "--save-probabilities") == 0
+    assert study.run("participant", "--flips", "yes", "--save-probabilities") == 0
     image = nib.load(study.output("01", "space-orig_seg-fdl_probseg.nii.gz"))
     data = image.get_fdata()
     assert 0 <= data.min() <= data.max() <= 1

@@ -147,7 +147,7 @@ def test_config_file_gives_options_by_their_names(tmp_path: Path) -> None:
         derivatives = "qsmxt=/d/q"
         n_cpus = 2
         mem = "8000M"
-        flips = true
+        flips = "yes"
         save-probabilities = false
         verbose = 2
     """
@@ -155,7 +155,7 @@ def test_config_file_gives_options_by_their_names(tmp_path: Path) -> None:
     assert settings.participant_label == ("01", "02")
     assert settings.derivatives == (("qsmxt", Path("/d/q")),)
     assert (settings.nprocs, settings.mem) == (2, 8)
-    assert (settings.flips, settings.save_probabilities, settings.verbose) == (True, False, 2)
+    assert (settings.flips, settings.save_probabilities, settings.verbose) == ("yes", False, 2)
 
 
 def test_command_line_wins_over_config_file(tmp_path: Path) -> None:
@@ -166,7 +166,9 @@ def test_command_line_wins_over_config_file(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_run_serve_as_config_file(tmp_path: Path) -> None:
-    first = parse([*RUN, "-d", "q=/d/q", "--mem", "8", "-vv", "--flips", "--session-label", "1"])
+    first = parse(
+        [*RUN, "-d", "q=/d/q", "--mem", "8", "-vv", "--flips", "no", "--session-label", "1"]
+    )
     assert parse([*RUN, *config(tmp_path, first.to_toml())]) == first
 
 
@@ -176,7 +178,7 @@ def test_settings_of_a_run_serve_as_config_file(tmp_path: Path) -> None:
         ("colour = 1", "'colour' is not an option"),
         ('config-file = "a"', "'config-file' is not an option"),
         ('target = "t1"', "invalid choice: 't1'"),
-        ("flips = 1", "'flips' must be true or false"),
+        ("save-probabilities = 1", "'save-probabilities' must be true or false"),
         ("target = ['qsm']", "'target' has a value of the wrong type"),
         ("nprocs = true", "'nprocs' has a value of the wrong type"),
         ("nprocs", "not TOML"),

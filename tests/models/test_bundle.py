@@ -229,14 +229,20 @@ def test_every_setting_has_to_be_there_and_of_its_type(model, key):
     for wrong in (None, [], {}, "", -1, 1e300, True, ["x"] * 3, [[1]] * 3, {"x": []}):
         if key == "provenance" and isinstance(wrong, dict):
             continue
-        unset = (("features", {}), ("locator", None), ("calibration", None), ("regions", []))
+        unset = (
+            ("features", {}),
+            ("locator", None),
+            ("calibration", None),
+            ("regions", []),
+            ("flips", True),
+        )
         if (key, wrong) in unset:
             continue
         altered = {**spec, key: wrong}
         rewrite(model, tensors, {**content, "spec": altered})
         refusal(model)
     rewrite(model, tensors, {**content, "spec": {k: v for k, v in spec.items() if k != key}})
-    if key in ("features", "locator", "calibration", "regions"):
+    if key in ("features", "locator", "calibration", "regions", "flips"):
         # Files from before there were such things are read as what they are.
         assert not getattr(load_bundle(model).spec, key)
     else:

@@ -95,6 +95,15 @@ def test_flips_make_the_prediction_symmetric_with_the_sides_swapped():
     assert np.abs(result - plain).max() > 1e-4
 
 
+def test_a_model_of_one_side_has_no_mirror_image():
+    labels = by_abbreviation(["RNL", "DNL", "DNR"])
+    assert not specification(labels=labels).averages_flips("auto")
+    with pytest.raises(ModelError, match="one side only"):
+        specification(labels=labels).averages_flips("yes")
+    with pytest.raises(ModelError, match="flips"):
+        specification(labels=labels, flips=True)
+
+
 def test_refuses_a_contrast_the_model_was_not_made_for():
     spec = specification(contrasts=("qsm",))
     with pytest.raises(ModelError, match="does not segment swi"):

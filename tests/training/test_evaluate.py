@@ -35,7 +35,7 @@ def bundle(labelled_set, tmp_path) -> Bundle:
 def right(monkeypatch):
     """A network that finds the bright ball, and the dark one a voxel off."""
 
-    def found(canvas, bundle, network, device, *, flips=False):
+    def found(canvas, bundle, network, device, *, flips="auto"):
         truth = np.stack([ball((5, 6, 6), 3.2), ball((12, 7, 5), 2.5)]).astype(np.float32)
         return truth, np.eye(4)
 

@@ -51,6 +51,7 @@ def test_every_method_and_recipe_ends_in_a_model_file(
         values["modalities"] = ["imag"]
     bundle = load_bundle(fit(make_settings(values), tmp_path / "model.safetensors", device="cpu"))
     assert bundle.spec.method == method
+    assert bundle.spec.flips == (recipe == "strong"), "only this one was shown mirrored images"
     assert set(bundle.bank) == ({"qsm", "imag"} if method == "multimodal" else set())
 
 

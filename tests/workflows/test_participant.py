@@ -54,10 +54,10 @@ def test_only_the_network_takes_the_gpu(build):
 
 def test_options_reach_the_steps_that_use_them(build):
     workflow = build(
-        target="imag", flips=True, output_spaces=("MNI152NLin2009aSym",), random_seed=7
+        target="imag", flips="yes", output_spaces=("MNI152NLin2009aSym",), random_seed=7
     )
     assert {node.inputs.target for node in nodes(workflow, "normalise")} == {"imag"}
-    assert {node.inputs.flips for node in nodes(workflow, "segment")} == {True}
+    assert {node.inputs.flips for node in nodes(workflow, "segment")} == {"yes"}
     assert {node.inputs.threads for node in nodes(workflow, "segment")} == {2}
     assert {node.n_procs for node in nodes(workflow, "segment")} == {2}
     (first, _) = nodes(workflow, "deliver")

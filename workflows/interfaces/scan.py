@@ -17,6 +17,7 @@ from nipype.interfaces.base import (
 )
 
 from fdl_bidsapp.errors import TemporaryError
+from fdl_bidsapp.settings import FLIPS
 
 if TYPE_CHECKING:
     from fdl_bidsapp.models.bundle import Bundle
@@ -99,7 +100,7 @@ class _SegmentInputs(_ModelInputs):
     device = traits.Str("cpu", usedefault=True)
     fall_back = traits.Bool(False, usedefault=True, desc="to the CPU when the GPU fails")
     use_gpu = traits.Bool(False, usedefault=True, desc="takes the GPU slot of the scheduler")
-    flips = traits.Bool(False, usedefault=True, desc="average over left-right flips")
+    flips = traits.Enum(*FLIPS, usedefault=True, desc="average over left-right flips")
     threads = traits.Int(1, usedefault=True)
 
 
