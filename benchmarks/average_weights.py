@@ -4,7 +4,7 @@
 
 A network that is trained on for long on scans of one kind forgets others. The mean of both weights
 does what the first could and most of what the second has learnt (Wortsman et al., Robust
-Fine-tuning of Zero-shot Models, CVPR 2022). Its confidence is another's: fit it again with
+Fine-tuning of Zero-shot Models, CVPR 2022). It has no confidence: fit one with
 ``calibrate_confidence.py``.
 """
 
@@ -30,7 +30,8 @@ def main() -> None:
              for name, value in after.state.items()}  # fmt: skip
     network.load_state_dict(state)
     told = "weights: the mean of those before and after the last phase"
-    spec = replace(after.spec, provenance={**after.spec.provenance, "averaged": told})
+    provenance = {**after.spec.provenance, "averaged": told}
+    spec = replace(after.spec, calibration=None, provenance=provenance)
     print(save_bundle(options.output, network, spec, after.bank, dtype="float16"))
 
 
