@@ -113,10 +113,15 @@ def card(bundle: Bundle, summary: list[dict[str, Any]]) -> str:
 
 def recipe(provenance: Mapping[str, Any]) -> str:
     """Say how a model was trained."""
-    first = f"`benchmarks/msd_hippocampus/strong-n{provenance['n_train']}.toml`"
+    n = provenance["n_train"]
+    first = f"`benchmarks/msd_hippocampus/strong-n{n}.toml`"
     if not provenance["init"]:
         return f"{first}, {provenance['steps']} steps"
-    second = f"`refine-n{provenance['n_train']}.toml` there, {provenance['steps']} steps more"
+    steps = []
+    while provenance.get("init"):
+        steps.insert(0, str(provenance["steps"]))
+        provenance = provenance.get("before", {})
+    second = f"`refine-n{n}.toml` there, {' and then '.join(steps)} steps more"
     return f"{first}, and\n{second}, from the model that this gave"
 
 

@@ -459,6 +459,8 @@ def fit(
     )
     draw_training_curve(folder / "log.tsv", folder / "training.png")
     provenance = _provenance(settings, configuration, chosen, trained, where)
+    # What the model that it goes on from was trained on, it was trained on too.
+    provenance["before"] = {} if base is None else base.spec.provenance
     assert isinstance(trained.network, FusionNetwork)
     save_bundle(output, trained.network, replace(spec, provenance=provenance), bank)
     return output

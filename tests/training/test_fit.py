@@ -227,6 +227,7 @@ def test_a_training_goes_on_from_a_model(base, tmp_path):
     assert after.spec.calibration is None
     assert after.bank.keys() == before.bank.keys()
     assert after.spec.provenance["init"] == before.sha256
+    assert after.spec.provenance["before"] == before.spec.provenance
     moving = make_settings({**values, "recipe": "finetune"})
     moved = load_bundle(fit(moving, tmp_path / "moved.safetensors", device="cpu"))
     assert not torch.equal(moved.state["head.1.weight"], before.state["head.1.weight"])
