@@ -117,12 +117,14 @@ def recipe(provenance: Mapping[str, Any]) -> str:
     first = f"`benchmarks/msd_hippocampus/strong-n{n}.toml`"
     if not provenance["init"]:
         return f"{first}, {provenance['steps']} steps"
+    averaged = "averaged" in provenance
     steps = []
     while provenance.get("init"):
         steps.insert(0, str(provenance["steps"]))
         provenance = provenance.get("before", {})
     second = f"`refine-n{n}.toml` there, {' and then '.join(steps)} steps more"
-    return f"{first}, and\n{second}, from the model that this gave"
+    last = "; the weights are the mean of those before and after the last" if averaged else ""
+    return f"{first}, and\n{second},\nfrom the model that this gave{last}"
 
 
 if __name__ == "__main__":
