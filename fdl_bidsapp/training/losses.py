@@ -45,7 +45,9 @@ def soft_dice_loss(
     size = probabilities.sum((2, 3, 4))[:, 1:] + truth
     dice = (2 * overlap + epsilon) / (size + epsilon)
     weight = torch.where(truth > 0, 1.0, absent)
-    return 1 - ((weight * dice).sum(1) / weight.sum(1)).mean()
+    # With no weight on absent structures a window of background tells nothing.
+    total = weight.sum(1).clamp(min=1e-6)
+    return ((weight * (1 - dice)).sum(1) / total).mean()
 
 
 def dice_cross_entropy_loss(

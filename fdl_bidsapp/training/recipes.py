@@ -13,7 +13,7 @@ from fdl_bidsapp.errors import UsageError
 from fdl_bidsapp.training.loop import Schedule
 from fdl_bidsapp.training.losses import dice_cross_entropy_loss, soft_dice_loss
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "dice": soft_dice_loss,
     "dice_cross_entropy": dice_cross_entropy_loss,
 }
@@ -28,6 +28,10 @@ class Recipe:
     ----------
     loss
         A name in :data:`LOSSES`; multimodal fusion sums it over the contrasts.
+    absent
+        Weight in the loss of structures that a window does not hold, beside 1 of those that it
+        does. Where each region has windows of its own, most of a window's structures are absent,
+        and at full weight the training is about keeping them away.
     batch
         Cases in a step.
     augment
@@ -40,6 +44,7 @@ class Recipe:
     """
 
     loss: str
+    absent: float
     batch: int
     augment: float
     intensity: str | None
@@ -47,7 +52,8 @@ class Recipe:
 
     def total_loss(self, outputs: list[Tensor], classes: Tensor) -> Tensor:
         """Return the loss, summed over the contrasts' logits."""
-        return torch.stack([LOSSES[self.loss](logits, classes) for logits in outputs]).sum()
+        loss = LOSSES[self.loss]
+        return torch.stack([loss(each, classes, absent=self.absent) for each in outputs]).sum()
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class FeatureRecipe:
 RECIPES = {
     "paper": Recipe(
         loss="dice",
+        absent=1.0,
         batch=1,
         augment=0.0,
         intensity="minmax",
@@ -92,6 +99,7 @@ RECIPES = {
     ),
     "strong": Recipe(
         loss="dice_cross_entropy",
+        absent=0.2,
         batch=2,
         augment=1.0,
         intensity=None,
@@ -99,6 +107,7 @@ RECIPES = {
     ),
     "finetune": Recipe(
         loss="dice_cross_entropy",
+        absent=0.2,
         batch=1,
         augment=1.0,
         intensity=None,

@@ -49,3 +49,9 @@ def test_absent_structures_count_less_where_that_is_asked_for():
     alike, less = (float(soft_dice_loss(logits, target, absent=w)) for w in (1.0, 0.2))
     assert alike == pytest.approx((1 - 1 / 17) / 2, abs=1e-3)
     assert less == pytest.approx(0.2 / 1.2 * (1 - 1 / 17), abs=1e-3)
+    assert float(soft_dice_loss(logits, target * 0, absent=0.0)) == 0
+    found = [
+        float(make_recipe("finetune", {"absent": w, "loss": "dice"}).total_loss([logits], target))
+        for w in (1.0, 0.2)
+    ]
+    assert found == pytest.approx([alike, less])

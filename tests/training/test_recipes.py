@@ -9,6 +9,7 @@ from fdl_bidsapp.training.recipes import make_recipe
 def test_the_paper_recipe_is_the_published_one():
     recipe = make_recipe("paper")
     assert (recipe.loss, recipe.batch, recipe.augment, recipe.intensity) == ("dice", 1, 0, "minmax")
+    assert recipe.absent == 1
     schedule = recipe.schedule
     assert (schedule.optimiser, schedule.learning_rate) == ("adam", 1e-3)
     assert not schedule.one_cycle
