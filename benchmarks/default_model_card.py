@@ -27,7 +27,8 @@ CARD = """# Model card: default
 voxels of {spacing} mm. A second, small network finds midbrain and cerebellum in the whole field of
 view at {coarse} mm; each gives a grid of its own. The target is QSM, R2*, mean magnitude or SWI;
 the structures are the red and dentate nuclei, the substantia nigra and the subthalamic nuclei,
-left and right. Where a region is not found, its masks are empty and flagged.
+left and right. Unless `--flips no` is given, each window and its mirror image are segmented, and
+the mean is taken. Where a region is not found, its masks are empty and flagged.
 
 **State.** {state}
 
@@ -163,13 +164,17 @@ def tuned() -> str:
     """Say what a few labels of another site bring."""
     found = pd.read_csv(RESULTS / "finetune.tsv", sep="\t")
     found = found[(found["structure"] == MEAN) & (found["metric"] == "dice")]
-    before, after, gain = (found.iloc[i] for i in range(3))
+    sentences = []
+    for site, rows in found.groupby("site", sort=False):
+        before, after, gain = (rows.iloc[i] for i in range(3))
+        sentences.append(
+            f"{before['mean']:.3f} to {after['mean']:.3f}, by {gain['mean']:+.3f}"
+            f" [{gain['lower']:+.3f}, {gain['upper']:+.3f}] ({site})"
+        )
     return fill(
-        f"With four labelled scans of another simulated site (1.5 T, slices of 3 mm, thresholded"
-        f" division, a rater who draws wider borders) the mean Dice on {before['n_cases']} other"
-        f" scans of that site went from {before['mean']:.3f} to {after['mean']:.3f}, by"
-        f" {gain['mean']:+.3f} [{gain['lower']:+.3f}, {gain['upper']:+.3f}]"
-        f" (`benchmarks/finetune.py`).",
+        "With four labelled scans of another simulated site, whose rater draws wider borders, the"
+        f" mean Dice on {found['n_cases'].iloc[0]} other scans of that site went from"
+        f" {'; '.join(sentences)} (`benchmarks/finetune.py`).",
         100,
         break_long_words=False,
         break_on_hyphens=False,

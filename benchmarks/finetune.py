@@ -1,20 +1,21 @@
-"""What fine-tuning the default model on four labelled scans of another site brings.
+"""What fine-tuning the default model on four labelled scans of another site brings, for two sites.
 
     python benchmarks/finetune.py --labels-dir ../shared/data/headlabels --work WORK
 
-The site differs from what the default model learnt in two ways: its scanner, 1.5 T with slices of
-3 mm and thresholded division (``--set``), and its rater, who draws the outer border of each nucleus
-``--wider`` mm further out. Four scans of two heads are labelled, a fifth one is held back to choose
-the weights; scans of two other heads are measured, each bent and shaped anew, which intervals take
-for participants of their own. None of these heads trained the default model.
+A site differs from what the default model learnt in two ways: its scans (``SITES``) and its rater,
+who draws the outer border of each nucleus ``--wider`` mm further out. Four scans of two heads are
+labelled, a fifth one is held back to choose the weights; scans of two other heads are measured,
+each bent and shaped anew, which intervals take for participants of their own. None of these heads
+trained the default model.
 Writes ``results/finetune.tsv``: the default model, the fine-tuned one, and their paired difference.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -31,7 +32,15 @@ from fdl_bidsapp.training.evaluate import MEAN, compare, evaluate, summarise
 from fdl_bidsapp.training.fit import fit, make_settings
 
 LABELLED, MEASURED = ("sub-17", "sub-18"), ("sub-19", "sub-20")
-SITE = ("field_strength=1.5", "slice_thickness=3", "inversion=thresholded_division", "echoes=5")
+OLD_SCANNER = {
+    "field_strength": "1.5",
+    "slice_thickness": "3",
+    "inversion": "thresholded_division",
+    "echoes": "5",
+}
+SITES = {"old scanner": OLD_SCANNER, "small children": {**OLD_SCANNER, "age": "4"}}
+"""What each site forces on the simulator."""
+
 METRICS = ("dice", "hd95", "volume_error")
 
 
@@ -43,13 +52,30 @@ def main() -> None:
     parser.add_argument("--model", default="default", help="to go on from")
     parser.add_argument("--labels-dir", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="scans and model, kept")
-    parser.add_argument("--set", nargs="+", default=SITE, metavar="EFFECT=VALUE")
     parser.add_argument("--wider", type=float, default=0.7, help="mm")
     parser.add_argument("--scans", type=int, default=12, help="to measure")
     parser.add_argument("--seed", type=int, default=91_000)
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    table = write_site(options)
+    rows = [{"site": site, **row} for site in SITES for row in measured(site, options)]
+    made = made_by(
+        command_line("benchmarks/finetune.py", WORK=options.work, LABELS=options.labels_dir)
+    )
+    columns = (
+        "site", "model", "structure", "metric", "n_cases", "n_participants", "mean", "lower",
+        "upper",
+    )  # fmt: skip
+    write_tsv(RESULTS / "finetune.tsv", [{**row, **made} for row in rows], (*columns, *made))
+    for row in rows:
+        if row["structure"] == MEAN:
+            print(f"{row['site']}\t{row['model']}\t{row['metric']}\t{row['mean']:.3f}", end="\t")
+            print(f"[{row['lower']:.3f}, {row['upper']:.3f}]")
+
+
+def measured(site: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the measures of both models at a site, and their differences."""
+    folder = options.work / site.replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    table = write_site(site, folder, options)
     settings = make_settings(
         {
             "name": "fine-tuned",
@@ -60,7 +86,7 @@ def main() -> None:
             "data": "four simulated scans of another site",
         }
     )
-    tuned = load_bundle(fit(settings, options.work / "tuned.safetensors"))
+    tuned = load_bundle(fit(settings, folder / "tuned.safetensors"))
     scans = in_split(read_table(table), "test", table)
     models = [load_bundle(options.model), tuned]
     rows = [row for model in models for row in evaluate(model, scans, target="qsm")]
@@ -74,43 +100,36 @@ def main() -> None:
         for row in compare(rows, tuned.spec.name, "default")
         if row["metric"] in METRICS
     ]
-    made = made_by(
-        command_line("benchmarks/finetune.py", WORK=options.work, LABELS=options.labels_dir)
-    )
-    columns = (
-        "model", "structure", "metric", "n_cases", "n_participants", "mean", "lower", "upper",
-    )  # fmt: skip
-    write_tsv(
-        RESULTS / "finetune.tsv", [{**row, **made} for row in (*kept, *gained)], (*columns, *made)
-    )
-    for row in (*kept, *gained):
-        if row["structure"] == MEAN:
-            print(f"{row['model']}\t{row['metric']}\t{row['mean']:.3f}", end="\t")
-            print(f"[{row['lower']:.3f}, {row['upper']:.3f}]")
+    return [*kept, *gained]
 
 
-def write_site(options: argparse.Namespace) -> Path:
-    """Simulate the site's scans where they are not there yet; return their table."""
+def write_site(site: str, folder: Path, options: argparse.Namespace) -> Path:
+    """Simulate a site's scans where they are not there yet; return their table."""
     plan = [("train", LABELLED[i % 2], i) for i in range(4)] + [("validation", LABELLED[0], 4)]
     plan += [("test", MEASURED[i % 2], 10 + i) for i in range(options.scans)]
     lines = []
     for split, head, number in plan:
         name = f"{split}{number:02d}"
-        image, labels = (options.work / f"{name}_{what}.nii.gz" for what in ("qsm", "dseg"))
+        image, labels = (folder / f"{name}_{what}.nii.gz" for what in ("qsm", "dseg"))
         if not labels.exists():
-            write_scan(image, labels, head, number, options)
+            write_scan(image, labels, head, number, SITES[site], options)
         lines.append({"id": name, "split": split, "qsm": image.name, "label": labels.name})
-    table = options.work / "cases.tsv"
+    table = folder / "cases.tsv"
     write_tsv(table, lines, ("id", "split", "qsm", "label"))
     return table
 
 
 def write_scan(
-    image: Path, labels: Path, head: str, number: int, options: argparse.Namespace
+    image: Path,
+    labels: Path,
+    head: str,
+    number: int,
+    effects: Mapping[str, str],
+    options: argparse.Namespace,
 ) -> None:
     """Simulate a scan and write its QSM and what the rater drew."""
-    forced = understood(dict(word.split("=", 1) for word in options.set))
-    draw = Draw(labels.name, "site", head, (options.seed, number), "ordinary", forced)
+    seed = (options.seed, number)
+    draw = Draw(labels.name, "site", head, seed, "ordinary", understood(effects))
     scan = simulated(draw, options.labels_dir, "cpu")
     spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)
     drawn = wider(scan.labels.cpu().numpy(), spacing, options.wider)
