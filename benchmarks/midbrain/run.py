@@ -73,7 +73,9 @@ def run(
     values = read_toml(HERE / f"{recipe}.toml")
     grid = values["grid"]
     grid |= {"structures": [structures], "targets": [targets], "seed": [seed]}
-    grid["method"] = [each for each in grid["method"] if (each == "multimodal") == (part == each)]
+    grid["method"] = [
+        each for each in grid["method"] if (each == "multimodal") == (part == "multimodal")
+    ]
     if options.n_train:
         grid["n_train"] = options.n_train
     values["table"] = str(options.cohort / "nuclei.tsv")
