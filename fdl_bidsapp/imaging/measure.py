@@ -169,10 +169,17 @@ def _factors(
     return factors
 
 
+OTHER_SIDE = 1 / 3
+"""Least size of the smaller of two sides, over the larger one."""
+
+
 def largest_components(
     label_map: NDArray[np.uint8], labels: Sequence[Label]
 ) -> tuple[NDArray[np.uint8], dict[str, tuple[int, int]]]:
-    """Keep each structure's largest component.
+    """Keep each structure's largest component, and of one without a side that of each side.
+
+    A structure whose label has no side may be one on the left and one on the right. Its second
+    largest component is kept too where it is not much smaller: see :data:`OTHER_SIDE`.
 
     Parameters
     ----------
@@ -198,7 +205,10 @@ def largest_components(
             continue
         regions, n = ndimage.label(label_map[box] == label.index, NEIGHBOURS)
         sizes = np.bincount(regions.ravel())[1:]
-        lost = (regions > 0) & (regions != 1 + sizes.argmax())
+        order = np.argsort(-sizes, kind="stable")
+        kept = order[: 1 if label.hemisphere in ("L", "R") else 2]
+        kept = kept[sizes[kept] >= OTHER_SIDE * sizes[order[0]]]
+        lost = (regions > 0) & ~np.isin(regions, 1 + kept)
         cleaned[box][lost] = 0
         dropped[label.abbreviation] = (n, int(np.count_nonzero(lost)))
     return cleaned, dropped

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -92,6 +94,22 @@ def test_largest_component_stays_and_what_was_dropped_is_told():
     assert np.count_nonzero(cleaned == 1) == 217
     assert cleaned[11, 11, 11] == 1
     assert np.count_nonzero(labels == 1) == 221
+
+
+def test_a_structure_without_a_side_keeps_both_sides():
+    (left, right) = LABELS
+    both = replace(left, abbreviation="RN", hemisphere="n/a")
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[5:11, 5:11, 5:11] = labels[25:31, 5:11, 5:10] = left.index
+    labels[15:17, 30:32, 5] = left.index
+    cleaned, dropped = largest_components(labels, [both, right])
+    assert dropped["RN"] == (3, 4)
+    assert cleaned[25:31, 5:11, 5:10].all()
+    alone, dropped = largest_components(labels, LABELS)
+    assert dropped["RNL"] == (3, 184)
+    assert not alone[25:31].any()
+    labels[25:31, 5:11, 6:10] = 0
+    assert largest_components(labels, [both])[1]["RN"] == (3, 40), "too small for a side"
 
 
 def test_an_absent_structure_has_no_component():
