@@ -88,8 +88,8 @@ def measured(site: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     )
     tuned = load_bundle(fit(settings, folder / "tuned.safetensors"))
     scans = in_split(read_table(table), "test", table)
-    models = [load_bundle(options.model), tuned]
-    rows = [row for model in models for row in evaluate(model, scans, target="qsm")]
+    base = load_bundle(options.model)
+    rows = [row for model in (base, tuned) for row in evaluate(model, scans, target="qsm")]
     kept = [row for row in summarise(rows) if row["metric"] in METRICS]
     gained = [
         {
@@ -97,7 +97,7 @@ def measured(site: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             "model": f"{row['model']} minus {row['reference_model']}",
             "mean": row["difference"],
         }
-        for row in compare(rows, tuned.spec.name, "default")
+        for row in compare(rows, tuned.spec.name, base.spec.name)
         if row["metric"] in METRICS
     ]
     return [*kept, *gained]

@@ -10,11 +10,11 @@ from typing import NoReturn
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.cli import features
-from fdl_bidsapp.cli.train import add_commands
+from fdl_bidsapp.cli.train import add_commands, add_flips
 from fdl_bidsapp.cli.trouble import explain
 from fdl_bidsapp.errors import FdlError, OutputError, UsageError
 from fdl_bidsapp.processor import wait_politely
-from fdl_bidsapp.settings import CONTRASTS, DEVICES, FLIPS, PAPER_MEASURES
+from fdl_bidsapp.settings import CONTRASTS, DEVICES, PAPER_MEASURES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,12 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--contrast", choices=CONTRASTS, help="default: the model's first")
     segment.add_argument("--model", default="default", metavar="NAME|FILE", help="default: default")
     segment.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
-    segment.add_argument(
-        "--flips",
-        choices=FLIPS,
-        default="auto",
-        help="average over left-right flips; default: auto, as the model was made for",
-    )
+    add_flips(segment)
     segment.add_argument("--output", type=Path, required=True, metavar="DIR")
     segment.set_defaults(command=_segment)
 

@@ -62,12 +62,7 @@ def add_commands(commands: Any) -> None:
     _add_data(evaluate)
     evaluate.add_argument("--split", choices=SPLITS, help="default: all cases")
     evaluate.add_argument("--target", choices=CONTRASTS, help="default: the first of the model's")
-    evaluate.add_argument(
-        "--flips",
-        choices=FLIPS,
-        default="auto",
-        help="average over left-right flips; default: auto, as the model was made for",
-    )
+    add_flips(evaluate)
     evaluate.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
     evaluate.set_defaults(command=_evaluate)
 
@@ -91,6 +86,16 @@ def add_commands(commands: Any) -> None:
     experiment.add_argument("--published", type=Path, metavar="TSV", help="published values")
     experiment.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
     experiment.set_defaults(command=_experiment)
+
+
+def add_flips(command: argparse.ArgumentParser) -> None:
+    """Add the option to average over mirrored input."""
+    command.add_argument(
+        "--flips",
+        choices=FLIPS,
+        default="auto",
+        help="average over left-right flips; default: auto, as the model was made for",
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

@@ -47,7 +47,7 @@ SIGNS = {
 ``mean_probability``
     Logit of the mean probability over the mask.
 ``lost``
-    Share of the structure's voxels outside its largest component.
+    Share of the structure's voxels that lay apart from the mask and were dropped.
 ``log_volume``, ``log_volume_squared``
     Natural logarithm of the volume over 1 mm³, and its square.
 ``asymmetry``

@@ -21,7 +21,7 @@ SOFT_REACH = 3
 """Voxels around a structure within which its probability counts to the soft volume."""
 
 FRAGMENTED_ABOVE = 0.1
-"""Share of a structure's voxels outside its largest component."""
+"""Share of a structure's voxels that are dropped by :func:`largest_components`."""
 
 LOW_PROBABILITY_BELOW = 0.6
 """Mean probability over the mask; a voxel enters the mask at 0.5 where two classes compete."""
@@ -53,10 +53,10 @@ def _columns() -> dict[str, dict[str, Any]]:
         "structure": {"Description": "Name of the structure without its side"},
         "hemisphere": {"Description": "Side of the body", "Levels": {"L": "left", "R": "right"}},
         "volume": {"Description": "Number of voxels times the voxel volume", "Units": "mm^3"},
-        "n_voxels": {"Description": "Number of voxels of the largest component"},
+        "n_voxels": {"Description": "Number of voxels of the mask"},
         "volume_soft": {
             "Description": "Sum of the structure's probability times the voxel volume, within "
-            f"{SOFT_REACH} voxels of the largest component",
+            f"{SOFT_REACH} voxels of the mask",
             "Units": "mm^3",
         },
     }
@@ -89,8 +89,8 @@ def _columns() -> dict[str, dict[str, Any]]:
             "ok": "nothing conspicuous",
             "empty": "no voxel was found",
             "touches_fov": "the structure may be cut off",
-            "fragmented": f"more than {FRAGMENTED_ABOVE:.0%} of its voxels lay outside the "
-            "largest component",
+            "fragmented": f"more than {FRAGMENTED_ABOVE:.0%} of its voxels lay apart from "
+            "the mask and were dropped",
             "low_probability": f"mean probability below {LOW_PROBABILITY_BELOW}",
             "low_confidence": "confidence below the threshold of the model's calibration",
             "implausible_volume": "volume outside the range of adult anatomy",
