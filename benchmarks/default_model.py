@@ -39,13 +39,13 @@ from fdl_bidsapp.models.inference import resolve_device
 from fdl_bidsapp.simulation.labelmaps import find_label_maps, read_head_map
 from fdl_bidsapp.training.data import (
     HEAD_STEP,
-    SimulatedHeads,
     SimulatedWindows,
     cache_head,
     cache_region,
     cache_template,
     cut_window,
 )
+from fdl_bidsapp.training.heads import FieldsOfView, cached_head
 from fdl_bidsapp.training.loop import Draw, Loss, Schedule, drawing_processes, train
 from fdl_bidsapp.training.losses import dice_cross_entropy_loss
 
@@ -69,9 +69,6 @@ SEVERITY = 0.5
 
 REGIONS = (("RNL", "RNR", "SNL", "SNR", "STNL", "STNR"), ("DNL", "DNR"))
 """Midbrain and cerebellum."""
-
-RADIUS = 16.0
-"""mm, of the balls that the locator finds."""
 
 JITTER = (6.0, 6.0, 6.0)
 """Largest distance of a window's middle from its nuclei's along each axis, in voxels."""
@@ -444,15 +441,12 @@ def train_locator(
     assert spec.locator is not None
     torch.manual_seed(options.seed)
     step = round(spec.locator.grid_spacing[0] / HEAD_STEP)
-    heads = SimulatedHeads(
-        files,
-        dict(spec.locator.intensity),
+    regions = values(spec.labels)
+    heads = FieldsOfView(
+        [cached_head(file, regions, step=step) for file in files],
+        spec.locator.intensity,
         SHARES,
-        values(spec.labels),
         spec.locator.grid_shape,
-        step=step,
-        radius=RADIUS / HEAD_STEP,
-        severity=0.7,
     )
 
     network = build_network(spec.locator)

@@ -1,4 +1,4 @@
-"""Training data: simulated scans kept decoded on disk, and the patches drawn from them."""
+"""Training data: simulated scans kept decoded on disk, and the windows drawn from them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import nibabel as nib
 import numpy as np
 import scipy.ndimage as ndi
 import torch
-import torch.nn.functional as F
 
 from fdl_bidsapp.imaging.grid import Grid, canonical, canvas_geometry, conform, middle
 from fdl_bidsapp.imaging.intensity import limits, scale
 from fdl_bidsapp.models.fdl import CONTRASTS
 from fdl_bidsapp.models.fourier import low_part
 from fdl_bidsapp.simulation.anatomy import voxel_size
-from fdl_bidsapp.simulation.geometry import rotation, smooth_noise
+from fdl_bidsapp.simulation.geometry import smooth_noise
 from fdl_bidsapp.simulation.labelmaps import HeadMap
 from fdl_bidsapp.simulation.parameters import Value, draw_values
 from fdl_bidsapp.simulation.scan import SimulatedScan, draw_protocol, simulate_scan
@@ -368,161 +367,6 @@ def cut_window(
     )  # fmt: skip
     images, labels = torch.from_numpy(block[:-1])[None], torch.from_numpy(block[-1])[None]
     return warp(images, labels, places)
-
-
-class SimulatedHeads:
-    """Draws coarse fields of view from cached heads, with the regions of their nuclei.
-
-    Parameters
-    ----------
-    files, intensity, contrasts, regions, severity
-        As for :class:`SimulatedWindows`; files as :func:`cache_head` writes them.
-    least
-        Size to which smaller fields of view are padded, in drawn voxels: the locator's grid.
-    step
-        Voxels of the cached scans to one of the drawn ones, an axis.
-    radius
-        Of a region, in voxels of the cached scans.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[Path],
-        intensity: dict[str, str],
-        contrasts: dict[str, float],
-        regions: Sequence[Sequence[int]],
-        least: Sequence[int],
-        *,
-        step: int = 2,
-        radius: float = 8.0,
-        severity: float = 1.0,
-    ) -> None:
-        self.severity = severity
-        self.intensity = intensity
-        self.contrasts = contrasts
-        self.least = tuple(least)
-        self.scans = []
-        for file in files:
-            scan = np.load(file, mmap_mode="r")
-            labels = np.asarray(scan[-1])
-            images = [_pooled(np.asarray(each, np.float32), step) for each in scan[:-1]]
-            balls = np.zeros(images[0].shape, np.float32)
-            for value, region in enumerate(regions, start=1):
-                centre = middle(np.isin(labels, region))
-                if centre is not None:
-                    balls[_ball(balls.shape, (centre + 0.5) / step - 0.5, radius / step)] = value
-            self.scans.append(np.stack([*images, balls]))
-
-    def draw(self, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw a field of view: all of the head, a slab, with or without the nuclei.
-
-        Returns
-        -------
-        image : (1, 1, X, Y, Z) float32 tensor, normalised and varied
-        classes : (1, X, Y, Z) long tensor, the number of the region from 1
-        """
-        scan = self.scans[int(rng.integers(len(self.scans)))]
-        contrast = str(rng.choice(list(self.contrasts), p=list(self.contrasts.values())))
-        whole = np.array(scan.shape[1:])
-        shares = np.where(rng.random(3) < 0.5, rng.uniform(0.55, 1, 3), rng.uniform(0.9, 1.15, 3))
-        if rng.random() < 0.35:
-            # A slab, which may end above, below or in the nuclei.
-            shares[2] = rng.uniform(0.15, 0.6)
-        a, b, c = (max(4, round(float(n))) for n in whole * shares)
-        room = np.abs(whole - (a, b, c)) / 2
-        centre = (whole - 1) / 2 + rng.uniform(-1, 1, 3) * room
-        linear = np.eye(3)
-        if rng.random() < 0.6:
-            linear = rotation(rng.normal(0, 7, 3)) @ np.diag(np.exp(rng.normal(0, 0.1, 3)))
-        (image,), region = cut_patch(scan, [CONTRASTS.index(contrast)], centre, linear, (a, b, c))
-        lacking = [max(0, n - m) for n, m in zip(self.least, (a, b, c), strict=True)]
-        around = [(n // 2, n - n // 2) for n in lacking]
-        image, region = np.pad(image, around), np.pad(region, around)
-        if rng.random() < 0.5:
-            image, region = image[::-1], region[::-1]
-        image = degrade(np.ascontiguousarray(image), rng, self.severity)
-        if float(np.ptp(image)) > 0:
-            image = scale(image, *limits(image, self.intensity[contrast]))
-        if rng.random() < 0.5:
-            image = image ** np.float32(np.exp(rng.normal(0, 0.3)))
-        if rng.random() < 0.2 * self.severity:
-            image = remap(image, rng)
-        return (
-            torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None],
-            torch.from_numpy(np.ascontiguousarray(region).astype(np.int64))[None],
-        )
-
-
-def _pooled(volume: Array, step: int) -> Array:
-    return F.avg_pool3d(torch.from_numpy(volume)[None, None], step, ceil_mode=True)[0, 0].numpy()
-
-
-def _ball(shape: Sequence[int], centre: Array, radius: float) -> Array:
-    x, y, z = np.ogrid[tuple(slice(n) for n in shape)]
-    i, j, k = centre
-    return (x - i) ** 2 + (y - j) ** 2 + (z - k) ** 2 <= radius**2
-
-
-def cut_patch(
-    scan: Array,
-    channels: Sequence[int],
-    centre: Array,
-    linear: Array,
-    shape: tuple[int, int, int],
-) -> tuple[Array, Array]:
-    """Resample a patch of a cached scan and its labels.
-
-    Parameters
-    ----------
-    scan : (C + 1, X, Y, Z) array
-        Contrasts, then labels.
-    channels
-        The contrasts to cut.
-    centre : (3,) array
-        Where the patch's centre lies in the scan, in voxels.
-    linear : (3, 3) array
-        From steps in the patch to steps in the scan.
-    shape
-        Size of the patch in voxels.
-
-    Returns
-    -------
-    images : (len(channels), X, Y, Z) float32 array
-        Linear interpolation; zero beyond the scan.
-    labels : shape uint8 array
-        Nearest neighbour.
-    """
-    half = (np.array(shape) - 1) / 2
-    corners = np.stack(np.meshgrid(*[(-h, h) for h in half], indexing="ij"), -1).reshape(-1, 3)
-    reach = np.abs(corners @ linear.T).max(0) + 1
-    low = np.floor(centre - reach).astype(int)
-    high = np.ceil(centre + reach).astype(int) + 1
-    inside = tuple(
-        slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, scan.shape[1:], strict=True)
-    )
-    margin = [(s.start - a, b - s.stop) for s, a, b in zip(inside, low, high, strict=True)]
-    blocks = [
-        np.pad(np.asarray(scan[channel][inside], np.float32), margin) for channel in (*channels, -1)
-    ]
-    theta = _grid_sample_matrix(linear, half, centre - low, blocks[0].shape)
-    stack = torch.from_numpy(np.stack(blocks))[None]
-    grid = F.affine_grid(theta, [1, 1, *shape], align_corners=True)
-    moved = F.grid_sample(stack[:, :-1], grid, "bilinear", "zeros", align_corners=True)
-    classes = F.grid_sample(stack[:, -1:], grid, "nearest", "zeros", align_corners=True)
-    return moved[0].numpy(), classes[0, 0].numpy().astype(np.uint8)
-
-
-def _grid_sample_matrix(
-    linear: Array, half: Array, centre: Array, block: Sequence[int]
-) -> torch.Tensor:
-    """Write ``linear · (i - half) + centre`` in the normalised, reversed axes of torch."""
-    to_unit = 2 / (np.array(block) - 1)
-    matrix = np.zeros((3, 4))
-    matrix[:, :3] = to_unit[:, None] * linear * half[None, :]
-    matrix[:, 3] = to_unit * centre - 1
-    matrix[:, :3] = matrix[::-1, 2::-1]
-    matrix[:, 3] = matrix[::-1, 3]
-    return torch.from_numpy(matrix.astype(np.float32))[None]
 
 
 def remap(image: Array, rng: np.random.Generator, knots: int = 8) -> Array:

@@ -33,6 +33,7 @@ from fdl_bidsapp.training.cases import (
     read_bids,
     read_table,
 )
+from fdl_bidsapp.training.heads import labelled_head, train_locator
 from fdl_bidsapp.training.loop import LOG_COLUMNS, Trained, train
 from fdl_bidsapp.training.recipes import Recipe, make_recipe
 
@@ -53,6 +54,9 @@ OF_THE_NETWORK = (
     "features",
 )
 """Settings that a model to go on from has already."""
+
+LOCATOR_SHARE = 0.2
+"""Of a time budget, at most for the locator."""
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
@@ -86,8 +90,8 @@ class TrainingSettings:
     validation_share
         Share of the participants held back, where a BIDS dataset has no splits.
     init
-        Name or file of a model to go on from; none if empty. Its grid, network, locator and bank
-        are kept, and of its structures those that are wanted.
+        Name or file of a model to go on from; none if empty. Its grid, networks and bank are kept,
+        and of its structures those that are wanted. Its locator is trained on too.
     method, backbone, backbone_options, theta, spectrum, fusion_channels, grid_shape, grid_spacing
         As in :class:`fdl_bidsapp.models.fdl.ModelSpec`; not to be given with ``init``.
     features
@@ -446,6 +450,19 @@ def fit(
     configuration = _configuration(settings, chosen, spec)
     configuration["features"] = features.sha256 if features is not None else ""
     configuration["init"] = base.sha256 if base is not None else ""
+    if network.locator is not None and recipe.locator_steps:
+        located = train_locator(
+            network.locator,
+            spec,
+            [labelled_head(one, spec) for one in chosen["train"]],
+            replace(recipe.locator_schedule, max_minutes=LOCATOR_SHARE * max_minutes),
+            folder / "locator",
+            where,
+            configuration=configuration,
+            seed=settings.seed,
+        )
+        network.locator.load_state_dict(located.network.state_dict())
+        max_minutes -= located.minutes
     trained = train(
         network,
         batches.draw,

@@ -39,6 +39,8 @@ class Recipe:
     intensity
         Normalisation of all contrasts, ``None`` for the defaults of each; see
         :func:`fdl_bidsapp.imaging.intensity.limits`.
+    locator_steps
+        Steps for the locator of a model to go on from, before all others; 0 leaves it as it is.
     schedule
         Steps, optimiser, averaging, validation.
     """
@@ -48,7 +50,13 @@ class Recipe:
     batch: int
     augment: float
     intensity: str | None
+    locator_steps: int
     schedule: Schedule
+
+    @property
+    def locator_schedule(self) -> Schedule:
+        """How a locator goes on: not far from what it has learnt from many more heads."""
+        return Schedule(self.locator_steps, learning_rate=5e-4, weight_decay=1e-2, average=0.99)
 
     def total_loss(self, outputs: list[Tensor], classes: Tensor) -> Tensor:
         """Return the loss, summed over the contrasts' logits."""
@@ -85,6 +93,7 @@ RECIPES = {
         batch=1,
         augment=0.0,
         intensity="minmax",
+        locator_steps=0,
         schedule=Schedule(
             5000,
             learning_rate=1e-3,
@@ -103,6 +112,7 @@ RECIPES = {
         batch=2,
         augment=1.0,
         intensity=None,
+        locator_steps=300,
         schedule=Schedule(5000, learning_rate=3e-3, weight_decay=1e-2, average=0.998),
     ),
     "finetune": Recipe(
@@ -111,6 +121,7 @@ RECIPES = {
         batch=1,
         augment=1.0,
         intensity=None,
+        locator_steps=300,
         schedule=Schedule(
             500, learning_rate=5e-4, weight_decay=1e-2, average=0.99, validate_every=100
         ),
@@ -209,6 +220,8 @@ def _check_option(key: str, value: object, default: object) -> None:
         valid, wanted = value in _CHOICES[key], f"one of {', '.join(_CHOICES[key])}"
     elif isinstance(default, bool):
         valid, wanted = isinstance(value, bool), "true or false"
+    elif key == "locator_steps":
+        valid, wanted = type(value) is int and value >= 0, "a whole number from 0"
     elif key in _AT_LEAST_ONE:
         valid, wanted = type(value) is int and value >= 1, "a whole number from 1"
     else:

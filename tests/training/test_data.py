@@ -10,18 +10,15 @@ from fdl_bidsapp.imaging.grid import Grid
 from fdl_bidsapp.models.fdl import CONTRASTS
 from fdl_bidsapp.models.fourier import low_part
 from fdl_bidsapp.simulation.contrast import Protocol
-from fdl_bidsapp.simulation.geometry import rotation
 from fdl_bidsapp.simulation.stream import draw_batch
 from fdl_bidsapp.training import data
 from fdl_bidsapp.training.data import (
     HEAD_STEP,
     REGION_JITTER,
-    SimulatedHeads,
     SimulatedWindows,
     cache_head,
     cache_region,
     cache_template,
-    cut_patch,
     cut_window,
     degrade,
 )
@@ -66,46 +63,6 @@ def windows(files, shares=None, regions=((1, 2),), **options):
 def draws(files, n, *, shape=(28, 28, 24), jitter=(0, 0, 0), severity=1.0, **options):
     drawn = windows(files, severity=severity, **options)
     return [drawn.draw(np.random.default_rng(seed), shape, jitter) for seed in range(n)]
-
-
-def test_an_upright_patch_is_a_plain_crop():
-    rng = np.random.default_rng(0)
-    image, labels = rng.standard_normal(SHAPE), rng.integers(0, 5, SHAPE)
-    scan = stack_of(image, labels)
-    # The centre of voxels 5..14, 8..18 and 3..10.
-    cut, classes = cut_patch(scan, [2, 0], np.array([9.5, 13.0, 6.5]), np.eye(3), (10, 11, 8))
-    crop = (slice(5, 15), slice(8, 19), slice(3, 11))
-    np.testing.assert_allclose(cut, scan[[2, 0]][:, *crop], atol=1e-3)
-    np.testing.assert_array_equal(classes, labels[crop])
-
-
-def test_the_channel_is_the_contrast_asked_for():
-    scan = np.stack([np.full(SHAPE, value) for value in (1, 2, 3, 4, 0)]).astype(np.float16)
-    cut, _ = cut_patch(scan, [3, 0, 1], np.array([15.0, 17.0, 13.0]), np.eye(3), (5, 5, 5))
-    assert cut.mean((1, 2, 3)).tolist() == [4, 1, 2]
-
-
-@pytest.mark.parametrize("axis", range(3))
-def test_turning_keeps_image_and_labels_together(axis):
-    # An image that is the coordinate along one axis, and labels that are its nearest integer.
-    coordinate = np.broadcast_to(np.indices(SHAPE)[axis], SHAPE)
-    scan = stack_of(coordinate, coordinate)
-    linear = rotation((8, -11, 6)) @ np.diag([1.1, 0.9, 1.0])
-    centre = np.array([14.3, 16.8, 12.4])
-    shape = (12, 11, 10)
-    (image,), labels = cut_patch(scan, [0], centre, linear, shape)
-    expected = (linear @ (np.indices(shape).reshape(3, -1) - (np.array([shape]).T - 1) / 2))[axis]
-    np.testing.assert_allclose(image.ravel(), expected + centre[axis], atol=0.01)
-    assert np.abs(image - labels).max() <= 0.51
-
-
-def test_beyond_the_scan_there_is_nothing():
-    scan = stack_of(np.ones(SHAPE), np.ones(SHAPE))
-    (image,), labels = cut_patch(scan, [0], np.array([0.0, 17.0, 13.0]), np.eye(3), (11, 9, 9))
-    assert not image[:5].any()
-    assert not labels[:5].any()
-    np.testing.assert_allclose(image[5:], 1)
-    assert labels[5:].all()
 
 
 def test_an_undeformed_window_is_a_plain_crop():
@@ -323,53 +280,6 @@ def test_a_scan_of_the_template_is_kept_as_region_and_head(coarse, tmp_path):
     assert [path.read_bytes() for path in paths] == before
     cache_template(tmp_path / "again.npy", tmp_path / "head.npy", 3, grid)
     assert (tmp_path / "again.npy").read_bytes() == before[0]
-
-
-CENTRES = {1: (29.5, 21.5, 41.5), 2: (29.5, 51.5, 21.5)}
-
-
-LEAST = (24, 24, 16)
-
-
-def fields_of_view(tmp_path, n, bright=1):
-    """Draws from a scan whose image is bright in one of its two regions."""
-    shape = (60, 80, 64)
-    labels = np.zeros(shape)
-    labels[25:35, 20:24, 40:44], labels[25:35, 50:54, 20:24] = 1, 2
-    places = np.indices(shape) - np.reshape(CENTRES[bright], (3, 1, 1, 1))
-    image = np.linalg.norm(places, axis=0) <= 10
-    files = saved(tmp_path, stack_of(image.astype(float), labels))
-    regions, options = ((1,), (2,)), {"radius": 10, "severity": 0.0}
-    coarse = SimulatedHeads(files, INTENSITY, {"qsm": 1.0}, regions, LEAST, **options)
-    return [coarse.draw(np.random.default_rng(seed)) for seed in range(n)]
-
-
-@pytest.mark.parametrize("value", [1, 2])
-def test_each_region_lies_around_its_nuclei_in_every_field_of_view(tmp_path, value):
-    agreeing = []
-    for image, classes in fields_of_view(tmp_path, 36, value):
-        assert image.shape[2:] == classes.shape[1:]
-        bright, region = image[0, 0] > 0.5, classes[0] == value
-        if region.sum() > 200:
-            both = 2 * (bright & region).sum() / (bright.sum() + region.sum())
-            agreeing.append(float(both))
-    assert len(agreeing) > 10
-    # A shift by one voxel would give 0.85.
-    assert np.median(agreeing) > 0.9
-
-
-def test_fields_of_view_differ_and_some_miss_a_part_of_a_region(tmp_path):
-    drawn = fields_of_view(tmp_path, 40)
-    assert len({tuple(image.shape) for image, _ in drawn}) > 20
-    sizes = [int((classes == 1).sum()) for _, classes in drawn]
-    assert min(sizes) < 0.8 * np.median(sizes)
-
-
-def test_slabs_hold_both_regions_or_one_or_none_and_are_padded_to_the_grid(tmp_path):
-    drawn = fields_of_view(tmp_path, 60)
-    assert all(n >= m for image, _ in drawn for n, m in zip(image.shape[2:], LEAST, strict=True))
-    shown = {tuple(classes.unique().tolist()) for _, classes in drawn}
-    assert shown == {(0,), (0, 1), (0, 2), (0, 1, 2)}
 
 
 HEAD_SCAN = {"echoes": 3, "inversion": "tikhonov"}
