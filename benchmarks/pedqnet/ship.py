@@ -16,7 +16,7 @@ from textwrap import dedent
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pandas as pd
-from compare import DIVISION, JOINT, RESULTS, VARIATION, values
+from compare import DIVISION, JOINT, RESULTS, SMOOTH, VARIATION, values
 from shipping import ship
 
 from fdl_bidsapp.models.bundle import VolumeBundle, load_volume, save_volume
@@ -42,7 +42,7 @@ def card(bundle: VolumeBundle) -> str:
         # Model card: {NAME}
 
         **What it is.** A 3-D U-Net that reconstructs susceptibility from a local field and its
-        thresholded division, after PedQ-NET, for `fdl-bidsapp --recon {NAME}`. It works on voxels
+        smooth inversion, after PedQ-NET, for `fdl-bidsapp --recon {NAME}`. It works on voxels
         of 1 mm, upright in the magnet; scans are brought there and back. docs/pedqnet.md tells how
         and how well.
 
@@ -75,7 +75,7 @@ def state(bundle: VolumeBundle) -> str:
     for kind in ("infant", "adult"):
         figures = [
             f"{name} {values(table, kind, name, 'nrmse').mean():.1f} %"
-            for name in (JOINT, VARIATION, DIVISION)
+            for name in (JOINT, VARIATION, SMOOTH, DIVISION)
         ]
         told.append(f"{kind}s: {', '.join(figures)}")
     return (

@@ -613,7 +613,7 @@ def _volume_spec_from_json(value: object) -> VolumeSpec:
             key: _typed(option, int, float, str, bool)
             for key, option in _typed(values["backbone_options"], dict).items()
         },
-        division=_typed(values["division"], bool),
+        smooth=_typed(values["smooth"], bool),
         patch=_three(_typed(n, int) for n in _typed(values["patch"], list)),
         spacing=_three(float(_typed(n, int, float)) for n in _typed(values["spacing"], list)),
         provenance=_typed(values["provenance"], dict),

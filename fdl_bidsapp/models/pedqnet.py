@@ -23,7 +23,7 @@ from fdl_bidsapp.errors import ModelError
 from fdl_bidsapp.models.backbones import BACKBONES, Backbone
 from fdl_bidsapp.models.layers import Convolution3d
 from fdl_bidsapp.physics.dipole import dipole_kernel
-from fdl_bidsapp.physics.inversion import thresholded_division
+from fdl_bidsapp.physics.iterative import smooth_inversion
 from fdl_bidsapp.physics.upright import UprightGrid
 
 Array = np.ndarray
@@ -51,10 +51,11 @@ class VolumeSpec:
         magnitude in, probability of the brain out.
     backbone, backbone_options
         A name in :data:`fdl_bidsapp.models.backbones.BACKBONES`, and its options.
-    division
-        Whether a network for susceptibility reads the thresholded division of the whole field as a
-        second channel. It is the field under a fixed linear filter, and brings to a patch what a
-        patch of the field alone cannot tell.
+    smooth
+        Whether a network for susceptibility reads the smooth inversion of the whole field
+        (:func:`fdl_bidsapp.physics.iterative.smooth_inversion`) as a second channel, to which what
+        it gives is added. It is the field under a linear filter, and brings to a patch what a patch
+        of the field alone cannot tell.
     patch
         Voxels along each axis that the network sees at once.
     spacing
@@ -73,7 +74,7 @@ class VolumeSpec:
     task: str = "susceptibility"
     backbone: str = "unet"
     backbone_options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
-    division: bool = False
+    smooth: bool = False
     patch: tuple[int, int, int] = (96, 96, 96)
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
     provenance: Mapping[str, object] = field(default_factory=dict)
@@ -89,10 +90,10 @@ class VolumeSpec:
                 raise ModelError(
                     f"the network's {what} is {value!r}", f"choose one of {', '.join(known)}"
                 )
-        if self.division and self.task != "susceptibility":
+        if self.smooth and self.task != "susceptibility":
             raise ModelError(
-                f"the network's task is {self.task} and it is to read a thresholded division",
-                "leave the division to networks for susceptibility",
+                f"the network's task is {self.task} and it is to read a smooth inversion",
+                "leave the inversion to networks for susceptibility",
             )
         if len(self.patch) != 3 or not all(type(n) is int and 16 <= n <= 512 for n in self.patch):
             raise ModelError(
@@ -110,7 +111,7 @@ class VolumeNetwork(nn.Module):
 
     A backbone normalises its channels, so it cannot know how large its input was. Susceptibility
     grows with the field: that network divides its input by the root mean square of each field, and
-    multiplies what it gives by it.
+    multiplies what it gives by it. A smooth inversion that it reads it corrects.
 
     Parameters
     ----------
@@ -128,7 +129,7 @@ class VolumeNetwork(nn.Module):
         super().__init__()
         self.proportional = spec.task == "susceptibility"
         try:
-            self.backbone = BACKBONES[spec.backbone](1 + spec.division, **spec.backbone_options)
+            self.backbone = BACKBONES[spec.backbone](1 + spec.smooth, **spec.backbone_options)
             channels = cast(Backbone, self.backbone).feature_channels
         except TypeError as error:
             raise ModelError(
@@ -147,7 +148,7 @@ class VolumeNetwork(nn.Module):
         Parameters
         ----------
         image
-            The field, and its division where the network reads it, 0 where they are not known; or
+            The field, and its inversion where the network reads it, 0 where they are not known; or
             a magnitude.
         """
         if not self.proportional:
@@ -157,7 +158,7 @@ class VolumeNetwork(nn.Module):
         known = (local != 0).sum(axes, keepdim=True).clamp(min=1)
         scale = (local.square().sum(axes, keepdim=True) / known).sqrt().clamp(min=1e-6)
         chi: Tensor = self.last(cast(Backbone, self.backbone).features(image / scale))
-        return UNIT * scale * chi
+        return UNIT * scale * chi + image[:, 1:].sum(1, keepdim=True)
 
 
 def convolve_dipole(
@@ -322,10 +323,10 @@ def predict_susceptibility(
 
 def field_channels(local_field: Array, mask: Array, spec: VolumeSpec) -> Array:
     """Return what a network for susceptibility reads of an upright field, (C, X, Y, Z) float32."""
-    if not spec.division:
+    if not spec.smooth:
         return np.asarray(local_field, np.float32)[None]
-    divided = thresholded_division(local_field, mask, spec.spacing)
-    return np.stack([local_field, divided]).astype(np.float32)
+    inverted = smooth_inversion(local_field, mask, spec.spacing)
+    return np.stack([local_field, inverted]).astype(np.float32)
 
 
 def upright_field(grid: UprightGrid, local_field: Array, mask: Array) -> tuple[Array, Array]:

@@ -30,7 +30,7 @@ from fdl_bidsapp.models.pedqnet import (
     segmentation_loss,
 )
 from fdl_bidsapp.physics.dipole import field_from_susceptibility
-from fdl_bidsapp.physics.inversion import thresholded_division
+from fdl_bidsapp.physics.iterative import smooth_inversion
 from fdl_bidsapp.processor import available_cores
 from fdl_bidsapp.training.fields import (
     INFANT_SPACING,
@@ -74,8 +74,12 @@ class VolumeRecipe:
     segmentation_weight
         λ: weight of the segmentation's loss against the physical model's; 0 leaves the
         segmentation network out.
+    segmenter_from
+        Share of the schedule after which the segmentation network is trained on what is
+        reconstructed.
     segmentation_from
-        Share of the schedule after which the segmentation network joins in.
+        Share of the schedule after which its loss also shapes the reconstruction: a network that
+        segments nothing yet has nothing to teach.
     """
 
     steps: int = 20000
@@ -84,6 +88,7 @@ class VolumeRecipe:
     weight_decay: float = 1e-4
     average: float = 0.998
     segmentation_weight: float = 0.1
+    segmenter_from: float = 0.3
     segmentation_from: float = 0.7
 
 
@@ -93,7 +98,7 @@ class VolumeSettings:
 
     Attributes
     ----------
-    name, backbone, backbone_options, division, grid_shape
+    name, backbone, backbone_options, smooth, grid_shape
         As in :class:`fdl_bidsapp.models.pedqnet.VolumeSpec`, whose ``patch`` the grid is.
     segmenter, segmenter_options
         Backbone of the network that segments what is reconstructed.
@@ -115,7 +120,7 @@ class VolumeSettings:
     name: str = "pedqnet"
     backbone: str = "unet"
     backbone_options: Mapping[str, Any] = field(default_factory=lambda: {"width": 24, "levels": 5})
-    division: bool = True
+    smooth: bool = True
     grid_shape: tuple[int, ...] = (96, 96, 96)
     segmenter: str = "unetr"
     segmenter_options: Mapping[str, Any] = field(default_factory=dict)
@@ -157,17 +162,20 @@ class PhysicsTraining(nn.Module):
         Parameters
         ----------
         image : (B, 1, X, Y, Z) tensor
-            Local field in ppm, and its division where the network reads it.
+            Local field in ppm, and its inversion where the network reads it.
         others
-            Mask, (B, 1, X, Y, Z); then radians per ppm, (B,); then whether to segment, (1,).
+            Mask, (B, 1, X, Y, Z); then radians per ppm, (B,); then whether to segment, and whether
+            that shapes the reconstruction, (2,).
         """
-        mask, turn, segment = others
+        mask, turn, part = others
         chi = self.reconstruction(image) * mask
         with torch.autocast(image.device.type, enabled=False):
             phase = convolve_dipole(chi, self.spacing) * turn[:, None, None, None, None]
-        if self.segmenter is None or not bool(segment):
+        segment, attached = (bool(each) for each in part)
+        if self.segmenter is None or not segment:
             return [phase]
-        return [phase, self.segmenter(chi / TYPICAL)]
+        seen = chi if attached else chi.detach()
+        return [phase, self.segmenter(seen / TYPICAL)]
 
 
 class Segmenter(nn.Module):
@@ -215,7 +223,7 @@ def make_volume_settings(values: Mapping[str, Any]) -> VolumeSettings:
     """
     default = VolumeSettings()
     if values.get("recipe") == "brainmask":
-        default = VolumeSettings("brainmask", "unetr", {}, division=False)
+        default = VolumeSettings("brainmask", "unetr", {}, smooth=False)
     settings = with_values(default, values)
     if settings.backbone == "unetr" and "grid" not in settings.backbone_options:
         grid = "x".join(map(str, settings.grid_shape))
@@ -279,7 +287,7 @@ def fit_volume(
         {"pedqnet": "susceptibility", "brainmask": "brain"}[settings.recipe],
         settings.backbone,
         dict(settings.backbone_options),
-        settings.division,
+        settings.smooth,
         cast(tuple[int, int, int], settings.grid_shape),
         cast(tuple[float, float, float], settings.grid_spacing),
     )
@@ -406,27 +414,28 @@ class FieldPatches:
             both, weight = patch.cut(case.channels[read]), patch.cut(case.weight)
             # No map in the patch makes the field of sources beyond it: that is taken away.
             within = field_from_susceptibility(both[1], self.spec.spacing)
-            beyond = patch.cut(case.division_field[read]) - within
+            beyond = patch.cut(case.inverted_field[read]) - within
             phase = case.radians_per_ppm * (patch.cut(case.channels[1 - read, 0]) - beyond)
             inner = np.zeros_like(weight)
             place = tuple(slice(m, n - m) for m, n in zip(self.margin, inner.shape, strict=True))
             inner[place] = weight[place]
-            images.append(both[: 1 + self.spec.division])
+            images.append(both[: 1 + self.spec.smooth])
             masks.append(weight > 0)
             targets.append(np.stack([phase, inner, patch.cut(case.labels, -1)]))
             turns.append(case.radians_per_ppm)
-        segment = progress >= self.recipe.segmentation_from
+        recipe = self.recipe
+        part = [progress >= from_ for from_ in (recipe.segmenter_from, recipe.segmentation_from)]
         return (
             _tensor(images),
             _tensor(targets),
             _tensor(masks)[:, None],
             _tensor(turns),
-            torch.tensor([float(segment)]),
+            torch.tensor(part),
         )
 
 
 class _Measured:
-    """Both measurements of an upright field, cut to the mask's box, and their divisions."""
+    """Both measurements of an upright field, cut to the mask's box, and their inversions."""
 
     def __init__(self, case: FieldCase, spec: VolumeSpec) -> None:
         box = box_around(case.mask)
@@ -437,12 +446,12 @@ class _Measured:
         self.labels = (unknown if case.labels is None else case.labels[box]).astype(np.int16)
         self.radians_per_ppm = case.radians_per_ppm
         fields = [f[box] for f in (case.local_field, case.repeat) if f is not None]
-        divisions = [thresholded_division(f, self.mask, spec.spacing) for f in fields]
-        made = [field_from_susceptibility(chi, spec.spacing) for chi in divisions]
+        inverted = [smooth_inversion(f, self.mask, spec.spacing) for f in fields]
+        made = [field_from_susceptibility(chi, spec.spacing) for chi in inverted]
         # A field that was measured once is read and compared with as well.
-        read = [np.stack(one) for one in zip(fields, divisions, strict=True)]
+        read = [np.stack(one) for one in zip(fields, inverted, strict=True)]
         self.channels = np.stack((read * 2)[:2])
-        self.division_field = np.stack((made * 2)[:2])
+        self.inverted_field = np.stack((made * 2)[:2])
 
 
 class MaskPatches:

@@ -52,10 +52,10 @@ def test_windows_blend_to_what_the_network_gives():
     np.testing.assert_allclose(found, 2 * volume, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("division", [False, True])
-def test_susceptibility_grows_with_the_field_and_is_zero_outside_the_mask(division):
+@pytest.mark.parametrize("smooth", [False, True])
+def test_susceptibility_grows_with_the_field_and_is_zero_outside_the_mask(smooth):
     torch.manual_seed(0)
-    spec = VolumeSpec("x", backbone_options=SMALL, patch=(16, 16, 16), division=division)
+    spec = VolumeSpec("x", backbone_options=SMALL, patch=(16, 16, 16), smooth=smooth)
     network = VolumeNetwork(spec).eval()
     nn.init.normal_(network.last.weight)
     where = ((0.9, 0.9, 2.0), (0.1, 0.0, 0.995))
@@ -117,7 +117,7 @@ def test_a_network_of_another_task_is_refused(tmp_path):
         {"name": ""},
         {"task": "colour"},
         {"backbone": "none"},
-        {"task": "brain", "division": True},
+        {"task": "brain", "smooth": True},
         {"patch": (8, 96, 96)},
         {"patch": (96, 96)},
         {"spacing": (1.0, 1.0)},
