@@ -55,8 +55,7 @@ def card(bundle: VolumeBundle) -> str:
         susceptibility; in the last phase it knows the outlines of the subcortical nuclei.
 
         **What was not checked.** Any real scan of an infant or an adult with a reference
-        susceptibility; other field strengths; lesions, haemorrhage, calcification. What is unlike a
-        head can come out too strong: balls of iron in an empty brain do, by up to a third.
+        susceptibility; other field strengths; lesions, haemorrhage, calcification.
 
         **Use.** Research only; not a medical device, and no clinical claim is made.
 

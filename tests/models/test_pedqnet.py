@@ -149,7 +149,7 @@ def test_the_shipped_network_tells_more_than_thresholded_division():
     found = predict_susceptibility(bundle.network(), bundle.spec, field, mask, spacing, direction)
     divided = thresholded_division(field, mask, spacing, direction)
     alike, alike_divided = (np.corrcoef(chi[mask], one[mask])[0, 1] for one in (found, divided))
-    assert alike > alike_divided + 0.02
-    # Balls in a void are not what it was trained on: it makes them too strong.
+    assert alike > alike_divided + 0.05
+    # Balls in a void are not what it was trained on.
     slope, _ = np.polyfit(chi[mask], found[mask], 1)
-    assert 0.75 < slope < 1.35
+    assert 0.85 < slope < 1.15
