@@ -53,11 +53,12 @@ def main() -> None:
     parser.add_argument("--model", default="default", help="to go on from")
     parser.add_argument("--labels-dir", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="scans and model, kept")
+    parser.add_argument("--sites", nargs="+", choices=SITES, default=list(SITES))
     parser.add_argument("--wider", type=float, default=0.7, help="mm")
     parser.add_argument("--scans", type=int, default=12, help="to measure")
     parser.add_argument("--seed", type=int, default=91_000)
     options = parser.parse_args()
-    rows = [{"site": site, **row} for site in SITES for row in measured(site, options)]
+    rows = [{"site": site, **row} for site in options.sites for row in measured(site, options)]
     made = made_by(
         command_line("benchmarks/finetune.py", WORK=options.work, LABELS=options.labels_dir)
     )
