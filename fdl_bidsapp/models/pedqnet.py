@@ -315,17 +315,19 @@ def predict_susceptibility(
     """
     grid = UprightGrid(mask.shape, spacing, direction, spec.spacing)
     field, inside = upright_field(grid, local_field, mask)
-    channels = field_channels(field, inside, spec)
+    channels = field_channels(field, inside, spec, device)
     chi = predict_volume(network, channels, spec.patch, device)
     chi = grid.put_back(_continued(chi, inside), CUBIC)
     return np.where(mask, chi, 0).astype(np.float32)
 
 
-def field_channels(local_field: Array, mask: Array, spec: VolumeSpec) -> Array:
+def field_channels(
+    local_field: Array, mask: Array, spec: VolumeSpec, device: torch.device | str
+) -> Array:
     """Return what a network for susceptibility reads of an upright field, (C, X, Y, Z) float32."""
     if not spec.smooth:
         return np.asarray(local_field, np.float32)[None]
-    inverted = smooth_inversion(local_field, mask, spec.spacing)
+    inverted = smooth_inversion(local_field, mask, spec.spacing, device=str(device))
     return np.stack([local_field, inverted]).astype(np.float32)
 
 
