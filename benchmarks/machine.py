@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,4 +22,4 @@ def machine() -> str:
 def command_line(script: str, **named: Path) -> str:
     """Write the command that is running, with names in place of this machine's folders."""
     names = {str(path): name for name, path in named.items()}
-    return " ".join(["python", script, *(names.get(word, word) for word in sys.argv[1:])])
+    return shlex.join(["python", script, *(names.get(word, word) for word in sys.argv[1:])])
