@@ -1,10 +1,9 @@
-"""What fine-tuning the default model on four labelled scans of another site brings, for two sites.
+"""What fine-tuning the default model on four labelled scans of another site brings.
 
     python benchmarks/finetune.py --labels-dir ../shared/data/headlabels --work WORK
 
 A site differs from what the default model learnt in two ways: its scans (``SITES``) and its rater,
-who draws the outer border of each nucleus ``--wider`` mm further out, and so about half of the
-volume more. Four scans of two heads are
+who draws the outer border of each nucleus ``--wider`` mm further out. Four scans of two heads are
 labelled, a fifth one is held back to choose the weights; scans of two other heads are measured,
 each bent and shaped anew, which intervals take for participants of their own. None of these heads
 trained the default model.

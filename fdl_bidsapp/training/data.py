@@ -161,6 +161,40 @@ def _keep(path: Path, images: Array, labels: Array) -> None:
     temporary.replace(path)
 
 
+def cut_block(scan: Array, channels: Sequence[int], low: Array, high: Array) -> Array:
+    """Read a box of a cached scan.
+
+    Parameters
+    ----------
+    scan : (C + 1, X, Y, Z) array
+        Contrasts, then labels.
+    channels
+        Which of them.
+    low, high : (3,) int arrays
+        The box's first voxel, and the one behind its last; they may lie beyond the scan.
+
+    Returns
+    -------
+    (len(channels), *(high - low)) float32 array
+        Zero beyond the scan.
+
+    Examples
+    --------
+    >>> cut_block(np.ones((1, 2, 2, 2)), [0], np.array([1, 0, 0]), np.array([3, 1, 1])).ravel()
+    array([1., 0.], dtype=float32)
+    """
+    inside = tuple(
+        slice(min(max(a, 0), n), max(min(b, n), 0))
+        for a, b, n in zip(low, high, scan.shape[1:], strict=True)
+    )
+    around = [
+        (min(max(-a, 0), b - a), max(b - max(n, a), 0))
+        for a, b, n in zip(low, high, scan.shape[1:], strict=True)
+    ]
+    cut = np.stack([np.asarray(scan[channel][inside], np.float32) for channel in channels])
+    return np.pad(cut, [(0, 0), *around])
+
+
 class SimulatedWindows:
     """Draws varied windows of a model's shape from cached scans, as the app would cut them out.
 
@@ -350,16 +384,7 @@ def cut_window(
     margin = 2 + np.ceil(0.2 * strength * max(shape)).astype(int)
     low = np.floor(corner).astype(int) - margin
     high = low + np.array(shape) + 2 * margin + 1
-    inside = tuple(
-        slice(min(max(a, 0), n), max(min(b, n), 0))
-        for a, b, n in zip(low, high, scan.shape[1:], strict=True)
-    )
-    around = [
-        (min(max(-a, 0), b - a), max(b - max(n, a), 0))
-        for a, b, n in zip(low, high, scan.shape[1:], strict=True)
-    ]
-    cut = np.stack([np.asarray(scan[channel][inside], np.float32) for channel in (*channels, -1)])
-    block = np.pad(cut, [(0, 0), *around])
+    block = cut_block(scan, (*channels, -1), low, high)
     x, y, z = (float(each) for each in corner - low)
     places = random_warp(
         rng, shape, (x, y, z), (block.shape[1], block.shape[2], block.shape[3]), strength,

@@ -18,7 +18,7 @@ from fdl_bidsapp.labels import may_flip
 from fdl_bidsapp.models.fdl import CONTRASTS, FusionNetwork, ModelSpec
 from fdl_bidsapp.simulation.geometry import rotation
 from fdl_bidsapp.training.cases import LabelledScan, read_case
-from fdl_bidsapp.training.data import HEAD_STEP, degrade, remap
+from fdl_bidsapp.training.data import HEAD_STEP, cut_block, degrade, remap
 from fdl_bidsapp.training.loop import Schedule, Trained, train
 from fdl_bidsapp.training.losses import dice_cross_entropy_loss
 
@@ -284,15 +284,9 @@ def cut_patch(
     reach = np.abs(corners @ linear.T).max(0) + 1
     low = np.floor(centre - reach).astype(int)
     high = np.ceil(centre + reach).astype(int) + 1
-    inside = tuple(
-        slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, scan.shape[1:], strict=True)
-    )
-    margin = [(s.start - a, b - s.stop) for s, a, b in zip(inside, low, high, strict=True)]
-    blocks = [
-        np.pad(np.asarray(scan[channel][inside], np.float32), margin) for channel in (*channels, -1)
-    ]
-    theta = _grid_sample_matrix(linear, half, centre - low, blocks[0].shape)
-    stack = torch.from_numpy(np.stack(blocks))[None]
+    block = cut_block(scan, (*channels, -1), low, high)
+    theta = _grid_sample_matrix(linear, half, centre - low, block.shape[1:])
+    stack = torch.from_numpy(block)[None]
     grid = F.affine_grid(theta, [1, 1, *shape], align_corners=True)
     moved = F.grid_sample(stack[:, :-1], grid, "bilinear", "zeros", align_corners=True)
     classes = F.grid_sample(stack[:, -1:], grid, "nearest", "zeros", align_corners=True)
