@@ -462,7 +462,8 @@ def fit(
             seed=settings.seed,
         )
         network.locator.load_state_dict(located.network.state_dict())
-        max_minutes -= located.minutes
+        # One step may outlast a short budget.
+        max_minutes = max(max_minutes - located.minutes, 1e-6)
     trained = train(
         network,
         batches.draw,

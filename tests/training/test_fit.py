@@ -10,6 +10,7 @@ from fdl_bidsapp.errors import DataError, FdlError, InputMissingError, UsageErro
 from fdl_bidsapp.imaging.confidence import SIGNS, Calibration
 from fdl_bidsapp.models.bundle import load_bundle, save_bundle
 from fdl_bidsapp.models.fdl import ModelSpec, build_network
+from fdl_bidsapp.training import fit as training
 from fdl_bidsapp.training.cases import read_table
 from fdl_bidsapp.training.evaluate import MEAN, evaluate
 from fdl_bidsapp.training.fit import (
@@ -234,6 +235,18 @@ def test_a_training_goes_on_from_a_model(base, tmp_path):
     moved = load_bundle(fit(moving, tmp_path / "moved.safetensors", device="cpu"))
     assert not torch.equal(moved.state["head.1.weight"], before.state["head.1.weight"])
     assert not torch.equal(moved.state["locator.head.weight"], before.state["locator.head.weight"])
+
+
+def test_a_budget_that_the_locator_outlasts_still_ends(base, tmp_path, monkeypatch):
+    _, values = base
+    slow = training.train_locator
+    monkeypatch.setattr(
+        training, "train_locator", lambda *a, **kw: replace(slow(*a, **kw), minutes=2.0)
+    )
+    options = {**values["recipe_options"], "steps": 10**6}
+    settings = make_settings({**values, "recipe_options": options})
+    path = fit(settings, tmp_path / "model.safetensors", device="cpu", max_minutes=1.0)
+    assert load_bundle(path).spec.provenance["steps"] < 5
 
 
 def test_of_a_models_structures_only_the_wanted_ones_stay(base):
