@@ -2,8 +2,9 @@
 
     python benchmarks/default_model_accuracy.py --labels-dir ../shared/data/headlabels --work WORK
 
-Groups of scans: ``ordinary`` and ``full``, as many of each head as ``--draws`` says; ``effects``,
-where each effect of the simulator in turn is off, mild, middle and harsh in the same ordinary scan;
+Groups of scans: ``ordinary`` and ``full``, as many of each head as ``--draws`` and ``--full-draws``
+say; ``effects``, where each effect of the simulator in turn is off, mild, middle and harsh in the
+same ordinary scan;
 ``absent``, slabs that end above all nuclei or above the dentate ones. Every scan is simulated once,
 from its echoes, written as BIDS, and segmented by ``fdl-bidsapp`` once for each target. Masks are
 compared with the truth on the scan's own grid; docs/metrics.md says what an empty mask gets.
@@ -134,8 +135,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", nargs="+", default=list(HEADS))
     parser.add_argument("--work", type=Path, required=True, help="folder of the scans, kept")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--draws", type=int, default=13, help="of each head, ordinary and full")
+    parser.add_argument("--draws", type=int, default=13, help="ordinary scans of each head")
+    parser.add_argument("--full-draws", type=int, default=13, help="of each head, over all ranges")
     parser.add_argument("--effect-draws", type=int, default=1, help="of each head and step")
+    parser.add_argument("--effect-heads", nargs="+", help="heads of single effects; default: all")
     parser.add_argument("--effects", nargs="+", default=list(effects()), help="default: all")
     parser.add_argument("--targets", nargs="+", default=["qsm", "r2star", "imag", "swi"])
     parser.add_argument("--seed", type=int, default=71_000)
@@ -158,14 +161,15 @@ def plan(options: argparse.Namespace) -> tuple[list[Draw], list[dict[str, str]]]
     steps = []
     for h, head in enumerate(options.heads):
         number = "".join(c for c in head.removeprefix("sub-") if c.isalnum())
-        for group in ("ordinary", "full"):
-            for i in range(options.draws if group in options.groups else 0):
+        for group, count in (("ordinary", options.draws), ("full", options.full_draws)):
+            for i in range(count if group in options.groups else 0):
                 seed = (options.seed + (group == "full"), h, i)
                 draw = Draw(
                     f"{number}{group[0]}{i:02d}", group, head, seed, group, dict(options.forced)
                 )
                 draws[f"{group} {draw.name}"] = draw
-        for i in range(options.effect_draws if "effects" in options.groups else 0):
+        seen = "effects" in options.groups and head in (options.effect_heads or options.heads)
+        for i in range(options.effect_draws if seen else 0):
             seed = (options.seed + 2, h, i)
             for effect in options.effects:
                 for step in STEPS:
