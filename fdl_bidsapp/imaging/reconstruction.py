@@ -15,10 +15,12 @@ from fdl_bidsapp.physics import GAMMA_BAR
 from fdl_bidsapp.physics.background import LARGEST_RADIUS, SMALLEST_RADIUS, v_sharp
 from fdl_bidsapp.physics.convention import phase_to_radians, sign_of_field
 from fdl_bidsapp.physics.dipole import field_direction
-from fdl_bidsapp.physics.inversion import thresholded_division, tikhonov
+from fdl_bidsapp.physics.inversion import thresholded_division
 from fdl_bidsapp.physics.iterative import (
     nonlinear_inversion,
     penalty_of_noise,
+    remaining_background,
+    smooth_inversion,
     total_variation,
 )
 from fdl_bidsapp.physics.masking import brain_mask, reliable_phase, ventricular_fluid
@@ -29,7 +31,7 @@ Array = np.ndarray
 
 INVERSIONS = {
     "tv": "total variation (ADMM)",
-    "tikhonov": "Tikhonov regularisation",
+    "tikhonov": "Tikhonov regularisation of the gradient",
     "tkd": "thresholded k-space division",
     "ndi": "non-linear dipole inversion",
 }
@@ -182,6 +184,7 @@ def _reconstruct(
     elif sign < 0:
         notes.append("the phase was turned round: iron and veins were diamagnetic in it")
     local, total = sign * local, sign * total
+    local -= remaining_background(local, inside, spacing, direction, weight=weight, device=device)
 
     radians_per_ppm = 2 * np.pi * GAMMA_BAR * echoes.field_strength * float(times.mean())
     invert = inversion if callable(inversion) else named_inversion(inversion, device)
@@ -210,7 +213,8 @@ def _reconstruct(
         "PhaseSign": sign,
         "BrainMask": "found in the magnitude" if given is None else "given",
         "Unwrapping": "path-based in space, then along the echoes",
-        "BackgroundRemoval": f"V-SHARP, radii from {SMALLEST_RADIUS:g} to {LARGEST_RADIUS:g} mm",
+        "BackgroundRemoval": f"V-SHARP, radii from {SMALLEST_RADIUS:g} to {LARGEST_RADIUS:g} mm; "
+        "then what sources outside the mask explain beside those inside",
         "DipoleInversion": INVERSIONS[inversion] if isinstance(inversion, str) else "network",
         "SusceptibilityReference": REFERENCES[reference],
         "SWIEchoTime": float(times[late]),
@@ -244,7 +248,7 @@ def named_inversion(name: str, device: str = "cpu") -> Inversion:
         if name == "tkd":
             return thresholded_division(local, mask, spacing, direction)
         if name == "tikhonov":
-            return tikhonov(local, mask, spacing, direction)
+            return smooth_inversion(local, mask, spacing, direction, weight=weight, device=device)
         if name == "tv":
             return total_variation(local, mask, spacing, direction, weight=weight, device=device)
         return nonlinear_inversion(

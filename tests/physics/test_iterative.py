@@ -9,6 +9,7 @@ from fdl_bidsapp.physics.inversion import thresholded_division
 from fdl_bidsapp.physics.iterative import (
     field_noise,
     nonlinear_inversion,
+    remaining_background,
     smooth_inversion,
     total_variation,
 )
@@ -108,6 +109,30 @@ def test_the_smooth_inversion_of_nothing_is_nothing():
     _, mask = phantom()
     assert not smooth_inversion(np.zeros(SHAPE), mask, SPACING).any()
     assert not smooth_inversion(np.ones(SHAPE), np.zeros(SHAPE, bool), SPACING).any()
+    assert not remaining_background(np.zeros(SHAPE), mask, SPACING).any()
+    assert not remaining_background(np.ones(SHAPE), np.zeros(SHAPE, bool), SPACING).any()
+
+
+@pytest.mark.parametrize("direction", [(0, 0, 1), TILTED], ids=["straight", "oblique"])
+def test_what_a_background_removal_has_left_is_told_from_the_field_inside(direction):
+    chi, mask = phantom()
+    x, y, z = places()
+    sinus = (x - 2) ** 2 + (y - 3) ** 2 + (z + 24) ** 2 < 3**2
+    assert not (sinus & mask).any()
+    inside = field_from_susceptibility(chi, SPACING, direction)
+    outside = field_from_susceptibility(np.where(sinus, 2.0, 0.0), SPACING, direction)
+    noise = np.random.default_rng(0).normal(0, 0.0005, SHAPE)
+    field = np.where(mask, inside + outside + noise, 0).astype(np.float32)
+    assert outside[mask].std() > 0.5 * inside[mask].std()
+    found = remaining_background(field, mask, SPACING, direction)
+    assert not found[~mask].any()
+    assert error(found, outside, mask) < 0.7
+    # What is not there is not found.
+    clean = np.where(mask, inside + noise, 0).astype(np.float32)
+    nothing = remaining_background(clean, mask, SPACING, direction)
+    assert nothing[mask].std() < 0.25 * inside[mask].std()
+    before, after = (smooth_inversion(f, mask, SPACING, direction) for f in (field, field - found))
+    assert error(after, chi, mask) < 0.6 * error(before, chi, mask)
 
 
 def test_total_variation_restores_a_piecewise_constant_map():
