@@ -61,6 +61,7 @@ from fdl_bidsapp.physics.dipole import (
     field_from_susceptibility,
     field_of_distant_sources,
 )
+from fdl_bidsapp.physics.iterative import remaining_background
 from fdl_bidsapp.physics.signal import add_noise, multi_echo_signal
 from fdl_bidsapp.simulation.contrast import susceptibility_map
 from fdl_bidsapp.simulation.geometry import smooth_noise
@@ -320,6 +321,7 @@ def background(
     with scipy.fft.set_workers(options.threads):
         for name, remove in (
             ("v_sharp", lambda: v_sharp(field, mask, size)),
+            ("v_sharp, then what remains", lambda: thorough(field, mask, subject)),
             ("v_sharp to one voxel", lambda: v_sharp(field, mask, size, smallest_radius=0)),
             ("pdf", lambda: project_onto_dipoles(field, mask, size, direction, tolerance=0)),
         ):
@@ -329,6 +331,14 @@ def background(
             yield _row("background", name, local, truth, common, times)
             found, times = _inverted("tv", subject, local, inside)
             yield _row("background, tv", name, found, subject.chi, common, times)
+
+
+def thorough(field: Array, mask: Array, subject: Subject) -> tuple[Array, Array]:
+    """Remove the background as the chain does."""
+    size, direction = spacing_of(subject.affine), field_direction(subject.affine)
+    local, inside = v_sharp(field, mask, size)
+    rest = remaining_background(local, inside, size, direction, weight=subject.weight)
+    return local - rest, inside
 
 
 def _noise(subject: Subject, mask: Array, rng: np.random.Generator) -> Array:
