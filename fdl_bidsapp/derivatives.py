@@ -199,6 +199,7 @@ def _write_scan(
         images.affine,
         {name: images.maps[name] for name in ("qsm", "r2star") if name in images.maps},
         components=segmentation.components,
+        guessed=segmentation.guessed,
         target=images.target,
         calibration=calibration,
     )

@@ -40,9 +40,8 @@ from fdl_bidsapp.imaging.grid import (
     windows,
 )
 from fdl_bidsapp.imaging.intensity import ROBUST_PERCENTILES, check_units, normalise
-from fdl_bidsapp.imaging.measure import label_map, largest_components
+from fdl_bidsapp.imaging.measure import guesses, label_map, largest_components
 from fdl_bidsapp.imaging.relaxometry import mean_magnitude, r2star_from_t2star, r2star_loglinear
-from fdl_bidsapp.labels import Label
 
 if TYPE_CHECKING:
     import torch
@@ -124,11 +123,14 @@ class Segmentation:
     probabilities : (K, X, Y, Z) float32 array
     components
         For each abbreviation: components found, voxels dropped with all but the largest.
+    guessed
+        For each abbreviation of a structure that was not kept, why.
     """
 
     labels: Array
     probabilities: Array
     components: dict[str, tuple[int, int]] = field(default_factory=dict)
+    guessed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -594,11 +596,13 @@ def to_native(
     affine: Array,
     shape: Sequence[int],
     native_affine: Array,
-    labels: Sequence[Label],
+    spec: ModelSpec,
+    target: str,
 ) -> Segmentation:
     """Bring probabilities to the scan's own grid, and label it there.
 
-    Structures keep the volume that they have on the network's grid.
+    Structures keep the volume that they have on the network's grid. What is no more than a guess is
+    left out.
 
     Parameters
     ----------
@@ -606,9 +610,12 @@ def to_native(
         From :func:`segment_canvas`.
     shape, native_affine
         The scan's grid.
-    labels
-        The structures, in the order of the probabilities.
+    spec
+        Of the network: its structures, in the order of the probabilities, and its calibration.
+    target
+        The contrast that was segmented.
     """
+    labels = spec.labels
     native = restore(probabilities, affine, shape, native_affine)
     mapped = np.zeros(native.shape[1:], np.uint8)
     # A small part of the scan, as a rule.
@@ -622,7 +629,11 @@ def to_native(
             voxels.append(float(restore(mask, affine, shape, native_affine).sum()))
         mapped[box] = label_map(native[(slice(None), *box)], labels, voxels)
     cleaned, components = largest_components(mapped, labels)
-    return Segmentation(cleaned, native, components)
+    guessed = guesses(cleaned, native, labels, native_affine, components, target, spec.calibration)
+    for label in labels:
+        if label.abbreviation in guessed:
+            cleaned[cleaned == label.index] = 0
+    return Segmentation(cleaned, native, components, guessed)
 
 
 def to_standard(

@@ -12,6 +12,7 @@ from torch import nn
 
 from fdl_bidsapp.bids.inputs import Scan, Source
 from fdl_bidsapp.errors import AmbiguousInputError, DataError, ImageError, InputMissingError
+from fdl_bidsapp.imaging.confidence import INTERCEPT, SIGNS, Calibration
 from fdl_bidsapp.labels import by_abbreviation, mirrored
 from fdl_bidsapp.models.bundle import load_bundle
 from fdl_bidsapp.models.fdl import ModelSpec
@@ -417,13 +418,31 @@ def test_labels_of_coinciding_grids_are_the_most_probable_structures():
     probabilities[0, 2:5, 2:5, 2:5] = 0.9
     probabilities[1, 5:8, 2:5, 2:5] = 0.6
     probabilities[1, 0, 8, 9] = 0.7
-    labels = by_abbreviation(["RNR", "DNL"])
-    result = to_native(probabilities, np.eye(4), (8, 9, 10), np.eye(4), labels)
+    spec = ModelSpec("two", labels=by_abbreviation(["RNR", "DNL"]))
+    result = to_native(probabilities, np.eye(4), (8, 9, 10), np.eye(4), spec, "qsm")
     assert set(np.unique(result.labels)) == {0, 2, 3}
     assert (result.labels == 2).sum() == 27
     assert (result.labels == 3).sum() == 27
     assert result.components == {"RNR": (1, 0), "DNL": (2, 1)}
     np.testing.assert_allclose(result.probabilities, probabilities, atol=1e-6)
+
+
+def test_a_guess_is_left_out_and_said():
+    probabilities = np.zeros((2, 20, 9, 10), np.float32)
+    probabilities[0, 2:5, 2:5, 2:5] = 0.9
+    probabilities[1, 12:15, 2:5, 2:5] = 0.6
+    weights = {INTERCEPT: 3.0, **dict.fromkeys(SIGNS, 0.0)}
+    unsure = {INTERCEPT: -3.0, **dict.fromkeys(SIGNS, 0.0)}
+    calibration = Calibration(
+        {"qsm": {"red_nucleus": weights, "dentate_nucleus": unsure}}, threshold=0.7
+    )
+    labels = by_abbreviation(["RNR", "DNL"])
+    spec = ModelSpec("two", labels=labels, calibration=calibration)
+    result = to_native(probabilities, np.eye(4), (20, 9, 10), np.eye(4), spec, "qsm")
+    assert set(np.unique(result.labels)) == {0, 2}
+    assert result.guessed == {"DNL": "low_confidence"}
+    other = to_native(probabilities, np.eye(4), (20, 9, 10), np.eye(4), spec, "swi")
+    assert set(np.unique(other.labels)) == {0, 2, 3}, "no calibration, no guess"
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.5), (0.6, 0.6, 1.0), (1.2, 1.2, 3.0)])
@@ -440,7 +459,8 @@ def test_a_structure_keeps_its_volume_on_the_scans_grid(spacing):
     native = np.diag([*spacing, 1.0])
     native[:3, 3] = (0.3, 0.1, 0.2)
     size = [int(24 / s) for s in spacing]
-    result = to_native(probabilities, affine, size, native, by_abbreviation(["RNL"]))
+    spec = ModelSpec("one", labels=by_abbreviation(["RNL"]))
+    result = to_native(probabilities, affine, size, native, spec, "qsm")
     voxel = float(np.prod(spacing))
     found = np.count_nonzero(result.labels) * voxel
     plain = np.count_nonzero(result.probabilities[0] > 0.5) * voxel

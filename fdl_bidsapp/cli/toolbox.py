@@ -329,7 +329,8 @@ def _segment(options: argparse.Namespace) -> int:
                 affine,
                 images.maps[images.target].shape,
                 images.affine,
-                bundle.spec.labels,
+                bundle.spec,
+                images.target,
             )
             name = path.name if path.name.endswith((".nii", ".nii.gz")) else f"{path.name}.nii.gz"
             write_image(options.output / name, scanner_image(result.labels, images.affine))

@@ -34,6 +34,21 @@ PLAUSIBLE_VOLUME_MM3 = {
 }
 """Each side. About a third to three times the means of adult MRI and histology."""
 
+GUESS_BELOW = 0.3
+"""Expected Dice below which what was found is a guess, and not kept."""
+
+PLACES_MM = {
+    "red_nucleus": (5.0, 0.0, 0.0),
+    "substantia_nigra": (10.0, 2.0, -3.0),
+    "subthalamic_nucleus": (12.0, 6.0, 2.0),
+    "dentate_nucleus": (14.0, -30.0, -27.0),
+}
+"""To the side, the front and above, from the middle between the red nuclei of a straight head."""
+
+STRAY_MM = 30.0
+"""How far a structure may be from where the others place it: more than a head tilted by a third of
+a right angle, or one that is large, moves it."""
+
 MAPS = {"qsm": ("Magnetic susceptibility", "ppm"), "r2star": ("R2*", "1/s")}
 
 STATISTICS = {
@@ -87,12 +102,16 @@ def _columns() -> dict[str, dict[str, Any]]:
         "Description": "ok, or the reasons to look at this segmentation, joined by semicolons",
         "Levels": {
             "ok": "nothing conspicuous",
-            "empty": "no voxel was found",
+            "empty": "no voxel was found, or what was found was not kept, for the reason that "
+            "follows",
             "touches_fov": "the structure may be cut off",
             "fragmented": f"more than {FRAGMENTED_ABOVE:.0%} of its voxels lay apart from "
             "the mask and were dropped",
             "low_probability": f"mean probability below {LOW_PROBABILITY_BELOW}",
-            "low_confidence": "confidence below the threshold of the model's calibration",
+            "low_confidence": "confidence below the threshold of the model's calibration; not "
+            f"kept below {GUESS_BELOW}",
+            "implausible_position": f"further than {STRAY_MM:g} mm from where most of the other "
+            "structures place it; not kept",
             "implausible_volume": "volume outside the range of adult anatomy",
         },
     }
@@ -214,6 +233,88 @@ def largest_components(
     return cleaned, dropped
 
 
+def guesses(
+    label_map: NDArray[np.uint8],
+    probabilities: NDArray[np.float32],
+    labels: Sequence[Label],
+    affine: NDArray[np.float64],
+    components: Mapping[str, tuple[int, int]],
+    target: str,
+    calibration: Calibration | None,
+) -> dict[str, str]:
+    """Find the structures that are not to be kept, since they are no more than a guess.
+
+    Parameters
+    ----------
+    label_map, probabilities, labels, affine, components, target, calibration
+        As for :func:`measure`.
+
+    Returns
+    -------
+    {abbreviation: reason}
+        ``implausible_position`` where more than half of the structures agree on where the head
+        is and this one is more than :data:`STRAY_MM` away from its place in it;
+        ``low_confidence`` where its expected Dice is below :data:`GUESS_BELOW`.
+    """
+    found = dict.fromkeys(_strays(label_map, labels, affine), "implausible_position")
+    for label, confidence in zip(
+        labels,
+        _confidences(label_map, probabilities, labels, affine, components, target, calibration),
+        strict=True,
+    ):
+        there = components[label.abbreviation][0] > 0
+        if there and confidence is not None and confidence < GUESS_BELOW:
+            found.setdefault(label.abbreviation, "low_confidence")
+    return found
+
+
+def _strays(
+    label_map: NDArray[np.uint8], labels: Sequence[Label], affine: NDArray[np.float64]
+) -> list[str]:
+    """Find the structures that are far from where most of the others place them."""
+    names, origins = [], []
+    boxes = ndimage.find_objects(label_map)
+    side = {"L": -1.0, "R": 1.0}
+    for label in labels:
+        place = PLACES_MM.get(label.structure)
+        box = boxes[label.index - 1] if label.index <= len(boxes) else None
+        if place is None or box is None:
+            continue
+        corner = [part.start for part in box]
+        centre = np.argwhere(label_map[box] == label.index).mean(0) + corner
+        lateral, front, up = place
+        # A label of both sides has its middle in the head's.
+        offset = np.array([side.get(label.hemisphere, 0.0) * lateral, front, up])
+        names.append(label.abbreviation)
+        origins.append(affine[:3, :3] @ centre + affine[:3, 3] - offset)
+    if not names:
+        return []
+    middles = np.array(origins)
+    together = np.linalg.norm(middles[:, None] - middles, axis=-1) <= STRAY_MM
+    most = together[together.sum(0).argmax()]
+    if 2 * np.count_nonzero(most) <= len(names):
+        return []
+    return [name for name, near in zip(names, most, strict=True) if not near]
+
+
+def _confidences(
+    label_map: NDArray[np.uint8],
+    probabilities: NDArray[np.float32],
+    labels: Sequence[Label],
+    affine: NDArray[np.float64],
+    components: Mapping[str, tuple[int, int]],
+    target: str,
+    calibration: Calibration | None,
+) -> list[float | None]:
+    if calibration is None:
+        return [None] * len(labels)
+    described = describe(label_map, probabilities, labels, affine, components)
+    return [
+        calibration.expected_dice(target, label.structure, features)
+        for label, features in zip(labels, described, strict=True)
+    ]
+
+
 def measure(
     label_map: NDArray[np.uint8],
     probabilities: NDArray[np.float32],
@@ -222,6 +323,7 @@ def measure(
     maps: Mapping[str, NDArray[np.float32]],
     *,
     components: Mapping[str, tuple[int, int]] | None = None,
+    guessed: Mapping[str, str] | None = None,
     field_of_view: NDArray[np.bool_] | None = None,
     target: str = "",
     calibration: Calibration | None = None,
@@ -241,6 +343,8 @@ def measure(
         Maps on the same grid, in ppm and 1/s; any may be left out.
     components
         What `largest_components` reported; without it, the label map is taken to be unclean still.
+    guessed
+        What `guesses` found and was taken out of the label map.
     field_of_view : (X, Y, Z) bool array
         Where there is data; without it, the whole array.
     target
@@ -257,13 +361,9 @@ def measure(
     if components is None:
         _, components = largest_components(label_map, labels)
     voxel_volume = float(abs(np.linalg.det(affine[:3, :3])))
-    confidences: list[float | None] = [None] * len(labels)
-    if calibration is not None:
-        described = describe(label_map, probabilities, labels, affine, components)
-        confidences = [
-            calibration.expected_dice(target, label.structure, features)
-            for label, features in zip(labels, described, strict=True)
-        ]
+    confidences = _confidences(
+        label_map, probabilities, labels, affine, components, target, calibration
+    )
     boxes = ndimage.find_objects(label_map)
     rows = []
     for label, probability, confidence in zip(labels, probabilities, confidences, strict=True):
@@ -292,7 +392,7 @@ def measure(
             float(probability[box][mask].mean(dtype=np.float64)) if n_voxels else None
         )
         row["qc_touches_fov"] = int(_touches_end(mask, box, label_map.shape, field_of_view))
-        row["qc_flag"] = ";".join(_reasons(row, lost, calibration)) or "ok"
+        row["qc_flag"] = ";".join(_reasons(row, lost, calibration, guessed or {})) or "ok"
         rows.append(row)
     return rows
 
@@ -331,12 +431,16 @@ def _touches_end(
     return bool((around & ~field_of_view[box]).any())
 
 
-def _reasons(row: Row, lost: int, calibration: Calibration | None) -> Iterator[str]:
+def _reasons(
+    row: Row, lost: int, calibration: Calibration | None, guessed: Mapping[str, str]
+) -> Iterator[str]:
     n_voxels, volume, probability = (
         float(row[key] or 0) for key in ("n_voxels", "volume", "qc_mean_probability")
     )
     if not n_voxels:
         yield "empty"
+        if str(row["abbreviation"]) in guessed:
+            yield guessed[str(row["abbreviation"])]
         return
     if row["qc_touches_fov"]:
         yield "touches_fov"

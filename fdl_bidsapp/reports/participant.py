@@ -37,8 +37,8 @@ HIGH_DICE = 0.85
 """Expected Dice from which confidence is called high."""
 
 ADVICE = {
-    "empty": "Nothing was found. See whether the field of view holds the nucleus and the contrast "
-    "shows it; draw it by hand where it does.",
+    "empty": "Nothing was found that could be kept. See whether the field of view holds the "
+    "nucleus and the contrast shows it; draw it by hand where it does.",
     "touches_fov": "It touches the end of the field of view and may be cut off: its volume is "
     "then too small.",
     "fragmented": "More than a tenth of its voxels lay apart from the largest piece and were "
@@ -46,6 +46,8 @@ ADVICE = {
     "low_probability": "The network was unsure of most of it: look at the borders on all cuts.",
     "low_confidence": "Segmentations like this one often overlap poorly with the true nucleus: "
     "look at it, and leave it out where you cannot correct it.",
+    "implausible_position": "What was found lay far from where the other structures place it, and "
+    "was taken out: vessels or calcifications may have been taken for the nucleus.",
     "implausible_volume": "Its volume is outside the range of adult anatomy: part of it may be "
     "missing, or something else be included.",
 }

@@ -113,7 +113,7 @@ def evaluate(
             to_canvas(images, bundle.spec), bundle, network, where, flips=flips
         )
         found = to_native(
-            probabilities, affine, labels.shape, images.affine, bundle.spec.labels
+            probabilities, affine, labels.shape, images.affine, bundle.spec, images.target
         ).labels
         spacing = spacing_of(images.affine)
         scored = [

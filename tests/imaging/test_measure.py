@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from fdl_bidsapp.imaging.confidence import INTERCEPT, SIGNS, Calibration
-from fdl_bidsapp.imaging.measure import COLUMNS, label_map, largest_components, measure
+from fdl_bidsapp.imaging.measure import (
+    COLUMNS,
+    PLACES_MM,
+    guesses,
+    label_map,
+    largest_components,
+    measure,
+)
 from fdl_bidsapp.labels import by_abbreviation, nuclei
 
 LABELS = by_abbreviation(["RNL", "DNR"])
@@ -248,3 +255,82 @@ def test_an_absent_structure_has_no_confidence_at_all_and_a_flag():
     probabilities[0] = 0
     row = rows_of(probabilities, target="qsm", calibration=calibration())["RNL"]
     assert (row["confidence"], row["qc_flag"]) == (0, "empty")
+
+
+def head_of(centres, spacing=2.0, turn=0.0):
+    """Balls of 4 mm at places in mm, in a scan that is turned about the left-right axis."""
+    labels = by_abbreviation(list(centres))
+    shape = (50, 60, 60)
+    angle = np.deg2rad(turn)
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    rotation = np.eye(4)
+    rotation[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    affine[:3, 3] = -spacing * (np.array(shape) - 1) / 2
+    voxels = np.stack(np.indices(shape), -1) @ affine[:3, :3].T + affine[:3, 3]
+    probabilities = np.stack(
+        [(np.linalg.norm(voxels - centre, axis=-1) < 4).astype("f4") for centre in centres.values()]
+    )
+    return labels, probabilities, rotation @ affine
+
+
+def where_they_are():
+    side = {"L": -1, "R": 1}
+    return {
+        label.abbreviation: np.array(PLACES_MM[label.structure]) * [side[label.hemisphere], 1, 1]
+        for label in nuclei()
+    }
+
+
+def guessed_of(centres, turn=0.0):
+    labels, probabilities, affine = head_of(centres, turn=turn)
+    cleaned, components = largest_components(label_map(probabilities, labels), labels)
+    return guesses(cleaned, probabilities, labels, affine, components, "qsm", None)
+
+
+@pytest.mark.parametrize("turn", [-30.0, 0.0, 30.0])
+def test_structures_in_their_place_are_kept_in_heads_of_any_size_and_tilt(turn):
+    for size in (0.8, 1.0, 1.25):
+        assert not guessed_of({name: size * c for name, c in where_they_are().items()}, turn)
+
+
+def test_what_lies_far_from_where_the_others_place_it_is_a_guess():
+    centres = where_they_are()
+    # Calcified plexus above the red nuclei, as in a slab that ends above the dentate nuclei.
+    strays = {"DNL": np.array([-25.0, 20.0, 12.0]), "DNR": np.array([2.0, 22.0, 15.0])}
+    astray = dict.fromkeys(strays, "implausible_position")
+    assert guessed_of(centres | strays) == astray
+
+
+def test_without_a_majority_nothing_is_told_by_its_position():
+    centres = {name: c for name, c in where_they_are().items() if name[:2] in ("RN", "DN")}
+    strays = {"DNL": np.array([-25.0, 20.0, 12.0]), "DNR": np.array([2.0, 22.0, 15.0])}
+    assert not guessed_of(centres | strays)
+    assert not guessed_of({"DNL": strays["DNL"]})
+
+
+def test_a_low_expected_dice_is_a_guess():
+    cleaned, components = largest_components(label_map(scene(), LABELS), LABELS)
+    sure = calibration().weights["qsm"]["red_nucleus"]
+    both = Calibration(
+        {"qsm": {"red_nucleus": sure, "dentate_nucleus": {**sure, INTERCEPT: -9.0}}}, 0.7
+    )
+    scan = (cleaned, scene(), LABELS, AFFINE, components)
+    assert guesses(*scan, "qsm", both) == {"DNR": "low_confidence"}
+    assert not guesses(*scan, "swi", both)
+
+
+def test_what_was_not_kept_is_empty_with_the_reason():
+    probabilities = scene()
+    cleaned, components = largest_components(label_map(probabilities, LABELS), LABELS)
+    cleaned[cleaned == LABELS[1].index] = 0
+    rows = measure(
+        cleaned,
+        probabilities,
+        LABELS,
+        AFFINE,
+        {},
+        components=components,
+        guessed={"DNR": "implausible_position"},
+    )
+    assert [row["qc_flag"] for row in rows] == ["ok", "empty;implausible_position"]
+    assert (rows[1]["volume"], rows[1]["n_voxels"]) == (0, 0)

@@ -201,7 +201,12 @@ class DeliverScan(SimpleInterface):
         target = images.maps[images.target]
         with np.load(self.inputs.probabilities, allow_pickle=False) as file:
             segmentation = to_native(
-                file["probabilities"], file["affine"], target.shape, images.affine, labels
+                file["probabilities"],
+                file["affine"],
+                target.shape,
+                images.affine,
+                spec,
+                images.target,
             )
         standard = None
         if self.inputs.space:
