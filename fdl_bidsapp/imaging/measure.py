@@ -67,11 +67,15 @@ def _columns() -> dict[str, dict[str, Any]]:
         "abbreviation": {"Description": "Value of the label entity in the mask's file name"},
         "structure": {"Description": "Name of the structure without its side"},
         "hemisphere": {"Description": "Side of the body", "Levels": {"L": "left", "R": "right"}},
-        "volume": {"Description": "Number of voxels times the voxel volume", "Units": "mm^3"},
+        "volume": {
+            "Description": "Number of voxels times the voxel volume; n/a where nothing was found, "
+            "lest it be averaged as a volume of 0",
+            "Units": "mm^3",
+        },
         "n_voxels": {"Description": "Number of voxels of the mask"},
         "volume_soft": {
             "Description": "Sum of the structure's probability times the voxel volume, within "
-            f"{SOFT_REACH} voxels of the mask",
+            f"{SOFT_REACH} voxels of the mask; n/a where nothing was found",
             "Units": "mm^3",
         },
     }
@@ -378,9 +382,11 @@ def measure(
             "abbreviation": label.abbreviation,
             "structure": label.structure,
             "hemisphere": label.hemisphere,
-            "volume": n_voxels * voxel_volume,
+            "volume": n_voxels * voxel_volume if n_voxels else None,
             "n_voxels": n_voxels,
-            "volume_soft": float(probability[box][near].sum(dtype=np.float64)) * voxel_volume,
+            "volume_soft": float(probability[box][near].sum(dtype=np.float64)) * voxel_volume
+            if n_voxels
+            else None,
         }
         for key in MAPS:
             values = maps[key][box][mask] if key in maps else np.empty(0)

@@ -269,7 +269,7 @@ def test_a_field_of_view_without_the_nuclei_gives_empty_masks_and_a_flag(study, 
     assert study.run() == 0
     assert not np.asarray(study.labels("01").dataobj).any()
     for row in study.group():
-        assert (row["status"], row["qc_flag"], row["volume"]) == ("ok", "empty", "0")
+        assert (row["status"], row["qc_flag"], row["volume"]) == ("ok", "empty", "n/a")
         assert row["qsm_mean"] == "n/a"
 
 

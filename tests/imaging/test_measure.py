@@ -173,7 +173,7 @@ def test_an_empty_structure_is_a_row_without_statistics():
     probabilities = scene()
     probabilities[0] = 0
     row = rows_of(probabilities, {"qsm": np.ones(SHAPE)})["RNL"]
-    assert (row["n_voxels"], row["volume"], row["volume_soft"]) == (0, 0, 0)
+    assert (row["n_voxels"], row["volume"], row["volume_soft"]) == (0, None, None)
     assert (row["qsm_mean"], row["qc_mean_probability"]) == (None, None)
     assert (row["qc_n_components"], row["qc_touches_fov"], row["qc_flag"]) == (0, 0, "empty")
 
@@ -333,4 +333,4 @@ def test_what_was_not_kept_is_empty_with_the_reason():
         guessed={"DNR": "implausible_position"},
     )
     assert [row["qc_flag"] for row in rows] == ["ok", "empty;implausible_position"]
-    assert (rows[1]["volume"], rows[1]["n_voxels"]) == (0, 0)
+    assert (rows[1]["volume"], rows[1]["n_voxels"]) == (None, 0)
