@@ -40,7 +40,12 @@ from fdl_bidsapp.imaging.grid import (
     windows,
 )
 from fdl_bidsapp.imaging.intensity import ROBUST_PERCENTILES, check_units, normalise
-from fdl_bidsapp.imaging.measure import guesses, label_map, largest_components
+from fdl_bidsapp.imaging.measure import (
+    expected_centre,
+    guesses,
+    label_map,
+    largest_components,
+)
 from fdl_bidsapp.imaging.relaxometry import mean_magnitude, r2star_from_t2star, r2star_loglinear
 
 if TYPE_CHECKING:
@@ -446,7 +451,7 @@ def _segment_located(
     """Look at one window around each region that the model's locator finds.
 
     Where the target does not lead to all of a region, the scan's other contrasts may: they see the
-    same head.
+    same head. So may the structures of another region, whose place in a head is known.
     """
     spec = bundle.spec
     grid = Grid(spec.grid_shape, spec.grid_spacing)
@@ -471,29 +476,46 @@ def _segment_located(
     def settled(look: Callable[[Corner], Look], centre: Array) -> Look:
         return _settled(look, window_around(centre, shape, grid), shape, box, grid)
 
-    pieces: list[tuple[Array, Corner]] = []
-    for region, positions in enumerate(spec.windows):
-        if not positions:
-            continue
-        look = partial(
+    looks = {
+        region: partial(
             _look, images, affine, canvas.target, bundle, network, device, flips, region, positions
         )
-        best: Look | None = None
+        for region, positions in enumerate(spec.windows)
+        if positions
+    }
+    best: dict[int, Look] = {}
+
+    def foretold(region: int) -> Iterator[Array]:
+        found = [
+            (spec.labels[k], centre)
+            for other, seen in best.items()
+            if other != region
+            for k, centre in zip(spec.windows[other], seen.centres, strict=True)
+            if centre is not None
+        ]
+        place = expected_centre([spec.labels[k] for k in spec.windows[region]], found, affine)
+        if place is not None:
+            yield place
+
+    for region, look in looks.items():
         for centre in located(canvas.target)[region]:
             seen = settled(look, centre)
-            if best is None or seen.shown > best.shown:
-                best = seen
-            if best.shown == len(positions):
+            if region not in best or seen.shown > best[region].shown:
+                best[region] = seen
+            if seen.shown == len(spec.windows[region]):
                 break
-        if best is None or best.shown < len(positions):
-            for centre in elsewhere(region):
+    for lead in (elsewhere, foretold):
+        for region, look in looks.items():
+            wanted = len(spec.windows[region])
+            if region in best and best[region].shown == wanted:
+                continue
+            for centre in lead(region):
                 seen = settled(look, centre)
                 # Where the target does not point to, less than everything would be a guess.
-                if seen.shown == len(positions):
-                    best = seen
+                if seen.shown == wanted:
+                    best[region] = seen
                     break
-        if best is not None:
-            pieces.append((best.probabilities, best.start))
+    pieces = [(seen.probabilities, seen.start) for _, seen in sorted(best.items())]
     if not pieces:
         return np.zeros((len(spec.labels), 1, 1, 1), np.float32), affine
     joined, corner = _joined(pieces)
@@ -512,6 +534,11 @@ class Look:
     def shown(self) -> int:
         """How many of the structures that are wanted it shows."""
         return int(self.found.any((1, 2, 3)).sum())
+
+    @property
+    def centres(self) -> list[Array | None]:
+        """Where the middle of each is, in voxels of the canvas."""
+        return [np.argwhere(one).mean(0) + self.start if one.any() else None for one in self.found]
 
 
 def _look(

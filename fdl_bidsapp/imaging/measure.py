@@ -272,25 +272,62 @@ def guesses(
     return found
 
 
+def expected_centre(
+    wanted: Sequence[Label],
+    found: Sequence[tuple[Label, NDArray[np.float64]]],
+    affine: NDArray[np.float64],
+) -> NDArray[np.float64] | None:
+    """Foretell where the middle of some structures is from where others are.
+
+    Parameters
+    ----------
+    wanted
+        The structures that are looked for.
+    found
+        Others, and the middle of each in voxels.
+    affine : (4, 4) array
+        Voxel to scanner, in mm.
+
+    Returns
+    -------
+    (3,) array
+        In voxels; ``None`` where nothing is known of one of the two. It is off by as much as the
+        head is tilted.
+    """
+    known = [
+        affine[:3, :3] @ centre + affine[:3, 3] - place
+        for label, centre in found
+        if (place := _place(label)) is not None
+    ]
+    places = [place for label in wanted if (place := _place(label)) is not None]
+    if not known or not places:
+        return None
+    centre = np.median(known, 0) + np.mean(places, 0)
+    return np.linalg.solve(affine[:3, :3], centre - affine[:3, 3])
+
+
+def _place(label: Label) -> NDArray[np.float64] | None:
+    """Return where a structure is in a head; one of both sides has its middle in the head's."""
+    place = PLACES_MM.get(label.structure)
+    side = {"L": -1.0, "R": 1.0}.get(label.hemisphere, 0.0)
+    return None if place is None else np.multiply(place, [side, 1.0, 1.0])
+
+
 def _strays(
     label_map: NDArray[np.uint8], labels: Sequence[Label], affine: NDArray[np.float64]
 ) -> list[str]:
     """Find the structures that are far from where most of the others place them."""
     names, origins = [], []
     boxes = ndimage.find_objects(label_map)
-    side = {"L": -1.0, "R": 1.0}
     for label in labels:
-        place = PLACES_MM.get(label.structure)
+        place = _place(label)
         box = boxes[label.index - 1] if label.index <= len(boxes) else None
         if place is None or box is None:
             continue
         corner = [part.start for part in box]
         centre = np.argwhere(label_map[box] == label.index).mean(0) + corner
-        lateral, front, up = place
-        # A label of both sides has its middle in the head's.
-        offset = np.array([side.get(label.hemisphere, 0.0) * lateral, front, up])
         names.append(label.abbreviation)
-        origins.append(affine[:3, :3] @ centre + affine[:3, 3] - offset)
+        origins.append(affine[:3, :3] @ centre + affine[:3, 3] - place)
     if not names:
         return []
     middles = np.array(origins)

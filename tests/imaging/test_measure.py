@@ -9,6 +9,7 @@ from fdl_bidsapp.imaging.confidence import INTERCEPT, SIGNS, Calibration
 from fdl_bidsapp.imaging.measure import (
     COLUMNS,
     PLACES_MM,
+    expected_centre,
     guesses,
     label_map,
     largest_components,
@@ -334,3 +335,22 @@ def test_what_was_not_kept_is_empty_with_the_reason():
     )
     assert [row["qc_flag"] for row in rows] == ["ok", "empty;implausible_position"]
     assert (rows[1]["volume"], rows[1]["n_voxels"]) == (None, 0)
+
+
+def test_a_region_is_foretold_from_another_as_well_as_the_head_is_straight():
+    where = where_they_are()
+    labels = by_abbreviation(list(where))
+    dentate = [label for label in labels if label.structure == "dentate_nucleus"]
+    others = [label for label in labels if label not in dentate]
+    true = np.mean([where[label.abbreviation] for label in dentate], 0)
+    for turn, off in ((0.0, 0.1), (20.0, 16.0)):
+        _, _, affine = head_of(where, turn=turn)
+        rotated = affine[:3, :3] / 2.0
+        to_voxel = np.linalg.inv(affine)
+        found = [
+            (label, to_voxel[:3, :3] @ (rotated @ where[label.abbreviation]) + to_voxel[:3, 3])
+            for label in others
+        ]
+        place = expected_centre(dentate, found, affine)
+        assert np.linalg.norm(affine[:3, :3] @ place + affine[:3, 3] - rotated @ true) < off
+    assert expected_centre(dentate, [], affine) is None
