@@ -28,7 +28,8 @@ voxels of {spacing} mm. A second, small network finds midbrain and cerebellum in
 view at {coarse} mm; each gives a grid of its own. The target is QSM, R2*, mean magnitude or SWI;
 the structures are the red and dentate nuclei, the substantia nigra and the subthalamic nuclei,
 left and right. Unless `--flips no` is given, each window and its mirror image are segmented, and
-the mean is taken. Where a region is not found, its masks are empty and flagged.
+the mean is taken. A region that is not found is looked for where the structures of the other one
+foretell it. What is not found, or is no more than a guess, has an empty mask and a flag.
 
 **State.** {state}
 
