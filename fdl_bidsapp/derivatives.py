@@ -122,7 +122,7 @@ def write_scan(
     maps
         What was made from raw echoes.
     calibration
-        Of the model, for the confidence.
+        Of the model, for the flags.
 
     Raises
     ------
@@ -200,8 +200,8 @@ def _write_scan(
         {name: images.maps[name] for name in ("qsm", "r2star") if name in images.maps},
         components=segmentation.components,
         guessed=segmentation.guessed,
-        target=images.target,
-        calibration=calibration,
+        confidence=segmentation.confidence,
+        threshold=0.0 if calibration is None else calibration.threshold,
     )
     write_tsv(output_path(out, scan.entities, "morph"), rows, list(COLUMNS))
     record = _record(scan, "ok", None, provenance, images, maps)

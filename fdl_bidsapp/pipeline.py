@@ -41,6 +41,7 @@ from fdl_bidsapp.imaging.grid import (
 )
 from fdl_bidsapp.imaging.intensity import ROBUST_PERCENTILES, check_units, normalise
 from fdl_bidsapp.imaging.measure import (
+    confidences,
     expected_centre,
     guesses,
     label_map,
@@ -128,6 +129,8 @@ class Segmentation:
     probabilities : (K, X, Y, Z) float32 array
     components
         For each abbreviation: components found, voxels dropped with all but the largest.
+    confidence
+        For each abbreviation, the Dice to be expected; ``None`` without a calibration for it.
     guessed
         For each abbreviation of a structure that was not kept, why.
     """
@@ -135,6 +138,7 @@ class Segmentation:
     labels: Array
     probabilities: Array
     components: dict[str, tuple[int, int]] = field(default_factory=dict)
+    confidence: dict[str, float | None] = field(default_factory=dict)
     guessed: dict[str, str] = field(default_factory=dict)
 
 
@@ -656,11 +660,14 @@ def to_native(
             voxels.append(float(restore(mask, affine, shape, native_affine).sum()))
         mapped[box] = label_map(native[(slice(None), *box)], labels, voxels)
     cleaned, components = largest_components(mapped, labels)
-    guessed = guesses(cleaned, native, labels, native_affine, components, target, spec.calibration)
+    confidence = confidences(
+        cleaned, native, labels, native_affine, components, target, spec.calibration
+    )
+    guessed = guesses(cleaned, labels, native_affine, confidence)
     for label in labels:
         if label.abbreviation in guessed:
             cleaned[cleaned == label.index] = 0
-    return Segmentation(cleaned, native, components, guessed)
+    return Segmentation(cleaned, native, components, confidence, guessed)
 
 
 def to_standard(

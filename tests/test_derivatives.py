@@ -100,11 +100,10 @@ def test_the_record_says_what_was_used_and_measured(tmp_path, scan, images, segm
 def test_a_calibrated_model_gives_confidence(tmp_path, scan, images, segmentation):
     weights = {INTERCEPT: 1.5, **dict.fromkeys(SIGNS, 0.0)}
     calibration = Calibration({"qsm": {"red_nucleus": weights}}, threshold=0.9)
-    for given, shown in ((calibration, "0.817574"), (None, "n/a")):
+    for given, expected, shown in ((calibration, 0.817574, "0.817574"), (None, None, "n/a")):
         out = tmp_path / shown.replace("/", "")
-        write_scan(
-            out, scan, images, segmentation, LABELS, PROVENANCE, None, {}, (), calibration=given
-        )
+        told = replace(segmentation, confidence={"RNL": expected})
+        write_scan(out, scan, images, told, LABELS, PROVENANCE, None, {}, (), calibration=given)
         header, row, _ = output_path(out, scan.entities, "morph").read_text().splitlines()
         cells = dict(zip(header.split("\t"), row.split("\t"), strict=True))
         assert cells["confidence"] == shown

@@ -237,7 +237,7 @@ def largest_components(
     return cleaned, dropped
 
 
-def guesses(
+def confidences(
     label_map: NDArray[np.uint8],
     probabilities: NDArray[np.float32],
     labels: Sequence[Label],
@@ -245,13 +245,41 @@ def guesses(
     components: Mapping[str, tuple[int, int]],
     target: str,
     calibration: Calibration | None,
+) -> dict[str, float | None]:
+    """Foretell the Dice of every structure, by its abbreviation.
+
+    Parameters
+    ----------
+    label_map, probabilities, labels, affine, components
+        As for :func:`measure`.
+    target
+        The contrast that was segmented.
+    calibration
+        Of the model; without it, there is no confidence.
+    """
+    if calibration is None:
+        return {label.abbreviation: None for label in labels}
+    described = describe(label_map, probabilities, labels, affine, components)
+    return {
+        label.abbreviation: calibration.expected_dice(target, label.structure, features)
+        for label, features in zip(labels, described, strict=True)
+    }
+
+
+def guesses(
+    label_map: NDArray[np.uint8],
+    labels: Sequence[Label],
+    affine: NDArray[np.float64],
+    confidence: Mapping[str, float | None],
 ) -> dict[str, str]:
     """Find the structures that are not to be kept, since they are no more than a guess.
 
     Parameters
     ----------
-    label_map, probabilities, labels, affine, components, target, calibration
+    label_map, labels, affine
         As for :func:`measure`.
+    confidence
+        From :func:`confidences`.
 
     Returns
     -------
@@ -261,13 +289,10 @@ def guesses(
         ``low_confidence`` where its expected Dice is below :data:`GUESS_BELOW`.
     """
     found = dict.fromkeys(_strays(label_map, labels, affine), "implausible_position")
-    for label, confidence in zip(
-        labels,
-        _confidences(label_map, probabilities, labels, affine, components, target, calibration),
-        strict=True,
-    ):
-        there = components[label.abbreviation][0] > 0
-        if there and confidence is not None and confidence < GUESS_BELOW:
+    there = set(np.unique(label_map).tolist())
+    for label in labels:
+        expected = confidence[label.abbreviation]
+        if label.index in there and expected is not None and expected < GUESS_BELOW:
             found.setdefault(label.abbreviation, "low_confidence")
     return found
 
@@ -338,24 +363,6 @@ def _strays(
     return [name for name, near in zip(names, most, strict=True) if not near]
 
 
-def _confidences(
-    label_map: NDArray[np.uint8],
-    probabilities: NDArray[np.float32],
-    labels: Sequence[Label],
-    affine: NDArray[np.float64],
-    components: Mapping[str, tuple[int, int]],
-    target: str,
-    calibration: Calibration | None,
-) -> list[float | None]:
-    if calibration is None:
-        return [None] * len(labels)
-    described = describe(label_map, probabilities, labels, affine, components)
-    return [
-        calibration.expected_dice(target, label.structure, features)
-        for label, features in zip(labels, described, strict=True)
-    ]
-
-
 def measure(
     label_map: NDArray[np.uint8],
     probabilities: NDArray[np.float32],
@@ -366,8 +373,8 @@ def measure(
     components: Mapping[str, tuple[int, int]] | None = None,
     guessed: Mapping[str, str] | None = None,
     field_of_view: NDArray[np.bool_] | None = None,
-    target: str = "",
-    calibration: Calibration | None = None,
+    confidence: Mapping[str, float | None] | None = None,
+    threshold: float = 0.0,
 ) -> list[Row]:
     """Measure every structure; one row each, with the keys of `COLUMNS` in their order.
 
@@ -388,10 +395,10 @@ def measure(
         What `guesses` found and was taken out of the label map.
     field_of_view : (X, Y, Z) bool array
         Where there is data; without it, the whole array.
-    target
-        The contrast that was segmented.
-    calibration
-        Of the model; without it, there is no confidence.
+    confidence
+        From `confidences`, before guesses were taken out, for what those say of the others.
+    threshold
+        Confidence below which a structure is flagged.
 
     Returns
     -------
@@ -402,12 +409,10 @@ def measure(
     if components is None:
         _, components = largest_components(label_map, labels)
     voxel_volume = float(abs(np.linalg.det(affine[:3, :3])))
-    confidences = _confidences(
-        label_map, probabilities, labels, affine, components, target, calibration
-    )
+    guessed, confidence = guessed or {}, confidence or {}
     boxes = ndimage.find_objects(label_map)
     rows = []
-    for label, probability, confidence in zip(labels, probabilities, confidences, strict=True):
+    for label, probability in zip(labels, probabilities, strict=True):
         found = boxes[label.index - 1] if label.index <= len(boxes) else None
         box = _widened(found or (slice(0, 0),) * 3, label_map.shape, SOFT_REACH)
         mask = label_map[box] == label.index
@@ -428,14 +433,16 @@ def measure(
         for key in MAPS:
             values = maps[key][box][mask] if key in maps else np.empty(0)
             row |= {f"{key}_{name}": value for name, value in _statistics(values)}
-        row["confidence"] = confidence
+        row["confidence"] = (
+            0.0 if label.abbreviation in guessed else confidence.get(label.abbreviation)
+        )
         n_components, lost = components[label.abbreviation]
         row["qc_n_components"] = n_components
         row["qc_mean_probability"] = (
             float(probability[box][mask].mean(dtype=np.float64)) if n_voxels else None
         )
         row["qc_touches_fov"] = int(_touches_end(mask, box, label_map.shape, field_of_view))
-        row["qc_flag"] = ";".join(_reasons(row, lost, calibration, guessed or {})) or "ok"
+        row["qc_flag"] = ";".join(_reasons(row, lost, threshold, guessed)) or "ok"
         rows.append(row)
     return rows
 
@@ -474,9 +481,7 @@ def _touches_end(
     return bool((around & ~field_of_view[box]).any())
 
 
-def _reasons(
-    row: Row, lost: int, calibration: Calibration | None, guessed: Mapping[str, str]
-) -> Iterator[str]:
+def _reasons(row: Row, lost: int, threshold: float, guessed: Mapping[str, str]) -> Iterator[str]:
     n_voxels, volume, probability = (
         float(row[key] or 0) for key in ("n_voxels", "volume", "qc_mean_probability")
     )
@@ -492,7 +497,7 @@ def _reasons(
     if probability < LOW_PROBABILITY_BELOW:
         yield "low_probability"
     confidence = row["confidence"]
-    if calibration and confidence is not None and float(confidence) < calibration.threshold:
+    if confidence is not None and float(confidence) < threshold:
         yield "low_confidence"
     low, high = PLAUSIBLE_VOLUME_MM3.get(str(row["structure"]), (0.0, np.inf))
     if not low <= volume <= high:

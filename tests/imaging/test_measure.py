@@ -9,6 +9,7 @@ from fdl_bidsapp.imaging.confidence import INTERCEPT, SIGNS, Calibration
 from fdl_bidsapp.imaging.measure import (
     COLUMNS,
     PLACES_MM,
+    confidences,
     expected_centre,
     guesses,
     label_map,
@@ -30,10 +31,16 @@ def scene():
     return probabilities
 
 
-def rows_of(probabilities, maps=None, **options):
+def rows_of(probabilities, maps=None, target="", calibration=None, **options):
     cleaned, components = largest_components(label_map(probabilities, LABELS), LABELS)
+    scan = (cleaned, probabilities, LABELS, AFFINE)
     rows = measure(
-        cleaned, probabilities, LABELS, AFFINE, maps or {}, components=components, **options
+        *scan,
+        maps or {},
+        components=components,
+        confidence=confidences(*scan, components, target, calibration),
+        threshold=calibration.threshold if calibration else 0.0,
+        **options,
     )
     return {row["abbreviation"]: row for row in rows}
 
@@ -284,8 +291,8 @@ def where_they_are():
 
 def guessed_of(centres, turn=0.0):
     labels, probabilities, affine = head_of(centres, turn=turn)
-    cleaned, components = largest_components(label_map(probabilities, labels), labels)
-    return guesses(cleaned, probabilities, labels, affine, components, "qsm", None)
+    cleaned, _ = largest_components(label_map(probabilities, labels), labels)
+    return guesses(cleaned, labels, affine, dict.fromkeys(centres))
 
 
 @pytest.mark.parametrize("turn", [-30.0, 0.0, 30.0])
@@ -315,9 +322,9 @@ def test_a_low_expected_dice_is_a_guess():
     both = Calibration(
         {"qsm": {"red_nucleus": sure, "dentate_nucleus": {**sure, INTERCEPT: -9.0}}}, 0.7
     )
-    scan = (cleaned, scene(), LABELS, AFFINE, components)
-    assert guesses(*scan, "qsm", both) == {"DNR": "low_confidence"}
-    assert not guesses(*scan, "swi", both)
+    for target, expected in (("qsm", {"DNR": "low_confidence"}), ("swi", {})):
+        told = confidences(cleaned, scene(), LABELS, AFFINE, components, target, both)
+        assert guesses(cleaned, LABELS, AFFINE, told) == expected
 
 
 def test_what_was_not_kept_is_empty_with_the_reason():
@@ -332,9 +339,11 @@ def test_what_was_not_kept_is_empty_with_the_reason():
         {},
         components=components,
         guessed={"DNR": "implausible_position"},
+        confidence={"RNL": 0.9, "DNR": 0.8},
     )
     assert [row["qc_flag"] for row in rows] == ["ok", "empty;implausible_position"]
     assert (rows[1]["volume"], rows[1]["n_voxels"]) == (None, 0)
+    assert [row["confidence"] for row in rows] == [0.9, 0]
 
 
 def test_a_region_is_foretold_from_another_as_well_as_the_head_is_straight():
