@@ -113,17 +113,20 @@ def card(bundle: Bundle, figures: pd.DataFrame) -> str:
 
 def state(figures: pd.DataFrame, calibration: Calibration | None) -> str:
     """Say how many of the aims are met, and which are not."""
-    judged = figures[figures["met"].isin(["met", "missed"])]
-    dice = judged[judged["measure"] == "dice"]
-    missed = dice[dice["met"] == "missed"]
-    text = f"Of {len(dice)} aims for the Dice {len(dice) - len(missed)} are met"
-    if len(missed):
-        worst = missed.assign(gap=missed["bar"] - missed["value"]).sort_values("gap").iloc[-1]
-        text += (
-            f"; the furthest from its aim is the {worst['structure'].replace('_', ' ')} in "
-            f"{WORDS[worst['target']]} ({worst['profile']}), {worst['value']:.2f} against "
-            f"{worst['bar']:.2f}"
-        )
+    judged = figures[figures["met"].isin(["met", "missed"]) & (figures["measure"] == "dice")]
+    words = {"ordinary": "in ordinary scans", "full": "over the whole range of the simulator"}
+    parts = []
+    for profile, dice in judged.groupby("profile", sort=False):
+        missed = dice[dice["met"] == "missed"]
+        part = f"{len(dice) - len(missed)} of {len(dice)} {words[str(profile)]}"
+        if len(missed):
+            worst = missed.assign(gap=missed["bar"] - missed["value"]).sort_values("gap").iloc[-1]
+            part += (
+                f" (the furthest from it is the {worst['structure'].replace('_', ' ')} in "
+                f"{WORDS[worst['target']]}, {worst['value']:.2f} against {worst['bar']:.2f})"
+            )
+        parts.append(part)
+    text = f"The aim for the Dice is met by {' and '.join(parts)}"
     swapped = figures.loc[figures["measure"] == "swapped", "value"].sum()
     text += f". Left and right were exchanged {int(swapped)} times."
     path = RESULTS / "default_model_absent.tsv"
