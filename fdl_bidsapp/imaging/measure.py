@@ -43,7 +43,9 @@ PLACES_MM = {
     "subthalamic_nucleus": (12.0, 6.0, 2.0),
     "dentate_nucleus": (14.0, -30.0, -27.0),
 }
-"""To the side, the front and above, from the middle between the red nuclei of a straight head."""
+"""To the side, the front and above, from the middle between the red nuclei of a straight head:
+rounded means of twenty head label maps whose nuclei are those of the CIT168 atlas (Pauli et al.,
+Sci. Data 5 (2018) 180063) and, the dentate ones, of the Allen Human Reference Atlas."""
 
 STRAY_MM = 30.0
 """How far a structure may be from where the others place it: more than a head tilted by a third of
