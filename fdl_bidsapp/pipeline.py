@@ -519,7 +519,7 @@ def _segment_located(
                 if seen.shown == wanted:
                     best[region] = seen
                     break
-    pieces = [(seen.probabilities, seen.start) for _, seen in sorted(best.items())]
+    pieces = [(seen.probabilities, seen.start) for seen in best.values()]
     if not pieces:
         return np.zeros((len(spec.labels), 1, 1, 1), np.float32), affine
     joined, corner = _joined(pieces)

@@ -322,9 +322,7 @@ def expected_centre(
         head is tilted.
     """
     known = [
-        affine[:3, :3] @ centre + affine[:3, 3] - place
-        for label, centre in found
-        if (place := _place(label)) is not None
+        origin for label, centre in found if (origin := _origin(label, centre, affine)) is not None
     ]
     places = [place for label in wanted if (place := _place(label)) is not None]
     if not known or not places:
@@ -340,6 +338,14 @@ def _place(label: Label) -> NDArray[np.float64] | None:
     return None if place is None else np.multiply(place, [side, 1.0, 1.0])
 
 
+def _origin(
+    label: Label, centre: NDArray[np.float64], affine: NDArray[np.float64]
+) -> NDArray[np.float64] | None:
+    """Return where the middle between the red nuclei is, in mm, if a structure is in its place."""
+    place = _place(label)
+    return None if place is None else affine[:3, :3] @ centre + affine[:3, 3] - place
+
+
 def _strays(
     label_map: NDArray[np.uint8], labels: Sequence[Label], affine: NDArray[np.float64]
 ) -> list[str]:
@@ -347,14 +353,15 @@ def _strays(
     names, origins = [], []
     boxes = ndimage.find_objects(label_map)
     for label in labels:
-        place = _place(label)
         box = boxes[label.index - 1] if label.index <= len(boxes) else None
-        if place is None or box is None:
+        if box is None:
             continue
         corner = [part.start for part in box]
         centre = np.argwhere(label_map[box] == label.index).mean(0) + corner
-        names.append(label.abbreviation)
-        origins.append(affine[:3, :3] @ centre + affine[:3, 3] - place)
+        origin = _origin(label, centre, affine)
+        if origin is not None:
+            names.append(label.abbreviation)
+            origins.append(origin)
     if not names:
         return []
     middles = np.array(origins)

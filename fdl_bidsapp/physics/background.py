@@ -8,6 +8,7 @@ import numpy as np
 import scipy.fft
 
 from fdl_bidsapp.physics.dipole import dipole_kernel, padded_shape
+from fdl_bidsapp.physics.solving import conjugate_gradients
 
 Array = np.ndarray
 
@@ -150,18 +151,13 @@ def project_onto_dipoles(
 
     total = np.zeros(shape, np.float32)
     total[box] = np.where(mask, field, 0)
-    sources = np.zeros(shape, np.float32)
-    residual = outside * convolve(trust**2 * total)
-    search = residual.copy()
-    power = first = float(np.vdot(residual, residual))
-    for _ in range(iterations):
-        if power <= tolerance**2 * first:
-            break
-        mapped = outside * convolve(trust**2 * convolve(search))
-        rate = power / float(np.vdot(search, mapped))
-        sources += np.float32(rate) * search
-        residual -= np.float32(rate) * mapped
-        power, before = float(np.vdot(residual, residual)), power
-        search = residual + np.float32(power / before) * search
+    right = outside * convolve(trust**2 * total)
+    sources = conjugate_gradients(
+        lambda x: outside * convolve(trust**2 * convolve(x)),
+        right,
+        iterations,
+        product=np.vdot,
+        tolerance=tolerance,
+    )
     local = (total - convolve(sources))[box]
     return np.where(mask, local, 0).astype(np.float32), mask

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fdl_bidsapp.physics.dipole import dipole_kernel, padded_shape
+from fdl_bidsapp.physics.solving import conjugate_gradients
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,12 @@ STRENGTH_OF_NOISE = 0.1
 
 SMALLEST_NOISE = 1e-4
 """ppm; no field is known better than this."""
+
+SMOOTHNESS = 3e-3
+"""Weight of half the squared gradient (ppm²/mm²) against half the squared residual (ppm²)."""
+
+SMOOTH_STEPS = 30
+"""Of conjugate gradients."""
 
 
 def field_noise(field: Array, mask: Array) -> float:
@@ -158,8 +165,8 @@ def smooth_inversion(
     direction: Sequence[float] | Array = (0.0, 0.0, 1.0),
     *,
     weight: Array | None = None,
-    strength: float = 3e-3,
-    iterations: int = 30,
+    strength: float = SMOOTHNESS,
+    iterations: int = SMOOTH_STEPS,
     device: str = "cpu",
 ) -> Array:
     """Invert the dipole with a quadratic penalty on the map's gradient.
@@ -168,10 +175,8 @@ def smooth_inversion(
     ----------
     field, mask, spacing, direction, weight, device
         As for :func:`total_variation`.
-    strength
-        Weight of half the squared gradient (ppm²/mm²) against half the squared residual (ppm²).
-    iterations
-        Of conjugate gradients.
+    strength, iterations
+        See :data:`SMOOTHNESS` and :data:`SMOOTH_STEPS`.
 
     Returns
     -------
@@ -197,8 +202,6 @@ def remaining_background(
     direction: Sequence[float] | Array = (0.0, 0.0, 1.0),
     *,
     weight: Array | None = None,
-    strength: float = 3e-3,
-    iterations: int = 30,
     device: str = "cpu",
 ) -> Array:
     """Find what a background removal has left of the field of sources outside the mask.
@@ -207,8 +210,6 @@ def remaining_background(
     ----------
     field, mask, spacing, direction, weight, device
         As for :func:`total_variation`.
-    strength, iterations
-        As for :func:`smooth_inversion`.
 
     Returns
     -------
@@ -226,7 +227,7 @@ def remaining_background(
     import torch
 
     grid = _Grid(field, mask, spacing, direction, weight, device)
-    sources = _smoothest_sources(grid, torch.ones_like(grid.inside), strength, iterations)
+    sources = _smoothest_sources(grid, torch.ones_like(grid.inside), SMOOTHNESS, SMOOTH_STEPS)
     return grid.result(grid.convolved(sources * (1 - grid.inside)), mask)
 
 
@@ -234,8 +235,6 @@ def _smoothest_sources(
     grid: _Grid, allowed: torch.Tensor, strength: float, iterations: int
 ) -> torch.Tensor:
     """Explain a field by sources where they are allowed, smooth in the mask."""
-    import torch
-
     squared = grid.weight**2
     # Differences between two voxels of the mask; none at its surface.
     within = [grid.inside * grid.inside.roll(-1, axis) for axis in range(3)]
@@ -246,20 +245,8 @@ def _smoothest_sources(
             total += strength * grid.backward(within[axis] * grid.forward(chi, axis), axis)
         return total
 
-    chi = torch.zeros_like(grid.field)
-    rest = grid.convolved(squared * grid.field).mul_(allowed)
-    ahead = rest.clone()
-    size = float(rest.square().sum())
-    for _ in range(iterations):
-        if size == 0:
-            break
-        curved = curvature(ahead)
-        step = size / float((ahead * curved).sum())
-        chi += step * ahead
-        rest -= step * curved
-        before, size = size, float(rest.square().sum())
-        ahead = rest + (size / before) * ahead
-    return chi
+    right = grid.convolved(squared * grid.field).mul_(allowed)
+    return conjugate_gradients(curvature, right, iterations, product=lambda a, b: (a * b).sum())
 
 
 def nonlinear_inversion(
@@ -307,10 +294,9 @@ def nonlinear_inversion(
     chi = torch.zeros_like(grid.field)
     ahead, momentum = chi, 1.0
     for _ in range(iterations):
-        spectrum = grid.forward_fft(ahead)
-        misfit = grid.inverse_fft(spectrum * grid.dipole).sub_(grid.field)
+        misfit = grid.convolved(ahead).sub_(grid.field)
         misfit = squared * torch.sin(misfit.mul_(s)) / s
-        gradient = grid.inverse_fft(grid.forward_fft(misfit) * grid.dipole).mul_(grid.inside)
+        gradient = grid.convolved(misfit).mul_(grid.inside)
         following = ahead - step * (gradient + penalty * ahead)
         momentum, before = (1 + np.sqrt(1 + 4 * momentum**2)) / 2, momentum
         ahead = following + ((before - 1) / momentum) * (following - chi)
