@@ -45,7 +45,7 @@ ADVICE = {
     "dropped: vessels or noise may have been taken for the nucleus.",
     "low_probability": "The network was unsure of most of it: look at the borders on all cuts.",
     "low_confidence": "Segmentations like this one often overlap poorly with the true nucleus: "
-    "look at it, and leave it out where you cannot correct it.",
+    "where it was kept, look at it, and leave it out where you cannot correct it.",
     "implausible_position": "What was found lay far from where the other structures place it, and "
     "was taken out: vessels or calcifications may have been taken for the nucleus.",
     "implausible_volume": "Its volume is outside the range of adult anatomy: part of it may be "
