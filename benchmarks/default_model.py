@@ -8,7 +8,8 @@ Two networks: a coarse one finds midbrain and cerebellum, the other segments the
 are used. Run it again after an interruption and it goes on. ``--draw-only`` fills the cache. A
 finished phase leaves ``weights.safetensors`` and ``phase.json`` in its folder, which are all that
 the next one needs: it may run on another machine, one with a GPU. ``--again MODEL`` goes on from a
-finished model, with the last phase alone and for all of the minutes and steps.
+finished model, with the last phase alone and for all of the minutes and steps; ``--locator-of
+MODEL`` trains a finished model's locator anew, and nothing else.
 """
 
 from __future__ import annotations
@@ -126,6 +127,10 @@ PHASES = {
     "polish": Phase(0.5, 0.75, 1.0, 1.0, LATE_SHARES, 0.15),
 }
 
+OBLIQUE = 0.5
+"""Share of the locator's turned fields of view that are turned as far as oblique slices are: where
+a file does not say how its slices lie, they are not turned upright."""
+
 LOCATOR_PHASES = {
     "locator": Phase(4 / 7, 1.0, 10.0, 10.0),
     # Weighted, a region is found soon and blurred; its middle is what is asked for.
@@ -152,6 +157,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--again", metavar="MODEL", help="model to go on from, file or name")
+    parser.add_argument("--locator-of", metavar="MODEL", help="model to train the locator of anew")
     parser.add_argument("--draw-only", action="store_true")
     parser.add_argument("--cached-only", action="store_true", help="train on what the cache holds")
     options = parser.parse_args()
@@ -162,6 +168,9 @@ def main() -> None:
     folder = options.output.with_suffix(".run")
     if options.again:
         go_on(load_bundle(options.again), regions, folder, options)
+        return
+    if options.locator_of:
+        relocate(load_bundle(options.locator_of), heads, folder, options)
         return
     started = time.time()
     spec = specification(options.width)
@@ -259,6 +268,31 @@ def fill_template(region: Path, head: Path, seed: int) -> None:
     torch.set_num_threads(1)
     with kept_memory():
         cache_template(region, head, seed, REGION)
+
+
+def relocate(
+    bundle: Bundle, heads: Sequence[Path], folder: Path, options: argparse.Namespace
+) -> None:
+    """Train a finished model's locator anew, and write the model with it."""
+    network, spec = bundle.network(), bundle.spec
+    assert network.locator is not None
+    network.locator.load_state_dict(train_locator(spec, heads, folder, options))
+    phases = [read_phase(folder / name) for name in LOCATOR_PHASES]
+    before: Mapping[str, Any] = spec.provenance
+    steps = sum(phase["steps"] for phase in phases)
+    provenance = {
+        **before,
+        "steps_of_locator": steps,
+        "data_of_locator": phases[0]["data"],
+        "minutes": before["minutes"] + sum(phase["minutes"] for phase in phases),
+        "trained_on": f"{before['trained_on']}, then {spent(phases)} for the locator",
+        "locator_anew_of": bundle.sha256[:12],
+        "torch": torch.__version__,
+        "finished": time.strftime("%Y-%m-%d"),
+    }
+    final = replace(spec, provenance=provenance)
+    digest = save_bundle(options.output, network, final, bundle.bank, dtype="float16")
+    print(f"{options.output}: locator of {steps} steps, SHA-256 {digest}")
 
 
 def fill_head(
@@ -447,6 +481,7 @@ def train_locator(
         spec.locator.intensity,
         SHARES,
         spec.locator.grid_shape,
+        oblique=OBLIQUE,
     )
 
     network = build_network(spec.locator)

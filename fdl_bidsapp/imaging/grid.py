@@ -1,8 +1,9 @@
 """Images and grids: reading, orientation, resampling, the windows a model sees, and the way back.
 
 A scan goes through three grids. The *native* grid is the file's own. The *canvas* is the whole
-field of view at the model's spacing, on the image's own axes in their closest RAS order. A *window*
-is a piece of the canvas of exactly the model's shape.
+field of view at the model's spacing, on the image's own axes in their closest RAS order, or on the
+scanner's where slices are oblique. A *window* is a piece of the canvas of exactly the model's
+shape.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ MIN_FINITE_SHARE = 0.05
 
 MAX_DEFLATE_RATIO = 1032
 """Deflate cannot compress further, so a larger claim is a file cut short."""
+
+OBLIQUE_DEGREES = 10.0
+"""Tilt above which a scan is turned upright; networks learn from heads that are turned as far."""
 
 NUCLEI_EXTENT_MM = 60.0
 """From the top of the red nuclei to the bottom of the dentate nuclei, generously."""
@@ -370,8 +374,10 @@ def canvas_geometry(
 ) -> tuple[tuple[int, int, int], NDArray[np.float64], Box]:
     """Lay out the canvas: the image's field of view at the model's spacing.
 
-    The canvas keeps the image's own axes (oblique stays oblique) in their closest RAS order, is
-    centred on the field of view, and is padded alike on both sides to the model's shape at least.
+    The canvas keeps the image's own axes in their closest RAS order, is centred on the field of
+    view, and is padded alike on both sides to the model's shape at least. A scan that is tilted by
+    more than :data:`OBLIQUE_DEGREES` is seen along the scanner's axes instead: heads lie straight
+    in scanners, whichever way slices are laid.
 
     Returns
     -------
@@ -391,19 +397,37 @@ def canvas_geometry(
     """
     image = canonical(image)
     sizes = spacing_of(image.affine)
+    axes = image.affine[:3, :3] / sizes
+    extent = np.asarray(image.shape[:3]) * sizes
+    if tilt_degrees(image.affine) > OBLIQUE_DEGREES:
+        extent = np.abs(axes) @ extent
+        axes = np.eye(3)
     spacing = np.asarray(grid.spacing)
     # A twentieth of a voxel is rounding in the header, not field of view.
-    inside = np.ceil(np.asarray(image.shape[:3]) * sizes / spacing - 0.05).astype(int)
+    inside = np.ceil(extent / spacing - 0.05).astype(int)
     shape = np.maximum(inside, grid.shape)
     first = (shape - inside) // 2
     affine = np.eye(4)
-    affine[:3, :3] = image.affine[:3, :3] / sizes * spacing
+    affine[:3, :3] = axes * spacing
     centre = image.affine @ [*(np.asarray(image.shape[:3]) - 1) / 2, 1.0]
     affine[:3, 3] = centre[:3] - affine[:3, :3] @ (first + (inside - 1) / 2)
     box = tuple(
         slice(int(low), int(low + length)) for low, length in zip(first, inside, strict=True)
     )
     return cast("Corner", tuple(int(n) for n in shape)), affine, cast("Box", box)
+
+
+def tilt_degrees(affine: NDArray[np.float64]) -> float:
+    """Return the largest angle between an axis and the scanner's, both in RAS order.
+
+    Examples
+    --------
+    >>> c, s = np.cos(np.pi / 6), np.sin(np.pi / 6)
+    >>> round(tilt_degrees(np.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1]])))
+    30
+    """
+    cosines = np.diag(affine[:3, :3]) / spacing_of(affine)
+    return float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
 
 
 def conform(

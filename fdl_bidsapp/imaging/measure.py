@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from fdl_bidsapp.imaging.confidence import Calibration, describe
 from fdl_bidsapp.labels import Label
@@ -50,6 +51,10 @@ Sci. Data 5 (2018) 180063) and, the dentate ones, of the Allen Human Reference A
 STRAY_MM = 30.0
 """How far a structure may be from where the others place it: more than a head tilted by a third of
 a right angle, or one that is large, moves it."""
+
+UPRIGHT_MM = 8.0
+"""How far apart structures that stand for a straight head would be. Centres of nuclei are 2 mm off,
+heads are turned by some 10° against the grid: three such axes weigh what that is worth."""
 
 MAPS = {"qsm": ("Magnetic susceptibility", "ppm"), "r2star": ("R2*", "1/s")}
 
@@ -318,16 +323,22 @@ def expected_centre(
     Returns
     -------
     (3,) array
-        In voxels; ``None`` where nothing is known of one of the two. It is off by as much as the
-        head is tilted.
+        In voxels; ``None`` where nothing is known of one of the two.
     """
-    known = [
-        origin for label, centre in found if (origin := _origin(label, centre, affine)) is not None
-    ]
+    known = [(place, centre) for label, centre in found if (place := _place(label)) is not None]
     places = [place for label in wanted if (place := _place(label)) is not None]
     if not known or not places:
         return None
-    centre = np.median(known, 0) + np.mean(places, 0)
+    straight, voxels = (np.array(each) for each in zip(*known, strict=True))
+    seen = voxels @ affine[:3, :3].T + affine[:3, 3]
+    # How the head is turned, as far as what was found says more of it than that heads are straight.
+    upright = UPRIGHT_MM * np.eye(3)
+    turn, _ = Rotation.align_vectors(
+        np.concatenate([seen - seen.mean(0), upright]),
+        np.concatenate([straight - straight.mean(0), upright]),
+    )
+    origin = np.median(seen - turn.apply(straight), 0)
+    centre = origin + turn.apply(np.mean(places, 0))
     return np.linalg.solve(affine[:3, :3], centre - affine[:3, 3])
 
 

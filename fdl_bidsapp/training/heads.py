@@ -31,6 +31,11 @@ BALL_WEIGHT = 2.0
 """Of the balls' voxels in the cross-entropy: more of it blurs them, and their middle is wanted."""
 
 
+TURNED_DEGREES, OBLIQUE_DEGREES = 7.0, 18.0
+"""Standard deviations of a field of view's turn about each axis: of heads, and of oblique slices.
+A locator that sees few of those learns to look for one region straight below the other."""
+
+
 @dataclass(frozen=True)
 class Head:
     """A field of view at a locator's spacing.
@@ -124,6 +129,8 @@ class FieldsOfView:
         How often and how much they are degraded, from 0 to 1.
     flips
         Whether half of them are mirrored: not where a structure has one side only.
+    oblique
+        Which share of those that are turned is turned as far as oblique slices are.
     """
 
     def __init__(
@@ -135,11 +142,13 @@ class FieldsOfView:
         *,
         severity: float = 0.7,
         flips: bool = True,
+        oblique: float = 0.0,
     ) -> None:
         self.intensity = intensity
         self.least = tuple(least)
         self.severity = severity
         self.flips = flips
+        self.oblique = oblique
         self.heads = []
         for head in heads:
             shares = {name: contrasts[name] for name in contrasts if name in head.images}
@@ -167,7 +176,8 @@ class FieldsOfView:
         centre = (whole - 1) / 2 + rng.uniform(-1, 1, 3) * room
         linear = np.eye(3)
         if rng.random() < 0.6:
-            linear = rotation(rng.normal(0, 7, 3)) @ np.diag(np.exp(rng.normal(0, 0.1, 3)))
+            spread = OBLIQUE_DEGREES if rng.random() < self.oblique else TURNED_DEGREES
+            linear = rotation(rng.normal(0, spread, 3)) @ np.diag(np.exp(rng.normal(0, 0.1, 3)))
         (image,), region = cut_patch(scan, [names.index(contrast)], centre, linear, (a, b, c))
         lacking = [max(0, n - m) for n, m in zip(self.least, (a, b, c), strict=True)]
         around = [(n // 2, n - n // 2) for n in lacking]

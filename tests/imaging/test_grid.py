@@ -293,7 +293,7 @@ def test_canonical_changes_axes_but_no_place():
 
 
 def test_an_image_on_the_models_grid_is_its_own_canvas():
-    affine = oblique()
+    affine = oblique(angle=0.1)
     image = nib.Nifti1Image(noise((20, 24, 16)), affine)
     shape, canvas, box = canvas_geometry(image, Grid((20, 24, 16)))
     assert shape == (20, 24, 16)
@@ -303,7 +303,7 @@ def test_an_image_on_the_models_grid_is_its_own_canvas():
 
 
 def test_canvas_pads_alike_on_both_sides_and_leaves_zeros_there():
-    image = nib.Nifti1Image(np.ones((20, 24, 16), "f4"), oblique(flip=(-1, -1, 1)))
+    image = nib.Nifti1Image(np.ones((20, 24, 16), "f4"), oblique(angle=0.1, flip=(-1, -1, 1)))
     shape, canvas, box = canvas_geometry(image, Grid((32, 24, 20)))
     assert shape == (32, 24, 20)
     assert box == (slice(6, 26), slice(0, 24), slice(2, 18))
@@ -311,6 +311,26 @@ def test_canvas_pads_alike_on_both_sides_and_leaves_zeros_there():
     np.testing.assert_allclose(data[box], 1, atol=1e-5)
     data[box] = 0
     assert not data.any()
+
+
+@pytest.mark.parametrize("flip", [(1, 1, 1), (-1, -1, 1)])
+def test_a_canvas_is_upright_where_slices_are_oblique(flip):
+    angle = math.radians(25)
+    image = nib.Nifti1Image(np.ones((20, 24, 16), "f4"), oblique((1, 1, 2), angle, flip))
+    shape, canvas, box = canvas_geometry(image, Grid((8, 8, 8)))
+    np.testing.assert_allclose(canvas[:3, :3], np.eye(3), atol=1e-9)
+    data = conform(image, shape, canvas)
+    # The whole field of view is there, and the canvas no larger than that.
+    assert data.sum() == pytest.approx(20 * 24 * 32, rel=0.05)
+    assert box == tuple(slice(0, n) for n in shape)
+    reached = np.ptp(np.argwhere(data), axis=0) + 1
+    assert (reached >= np.array(shape) - 2).all()
+
+
+def test_a_canvas_keeps_slices_that_are_nearly_straight():
+    image = nib.Nifti1Image(noise((20, 24, 16)), oblique((1, 1, 2), math.radians(5)))
+    shape, canvas, _ = canvas_geometry(image, Grid((8, 8, 8), (1, 1, 2)))
+    np.testing.assert_array_equal(conform(image, shape, canvas), image.dataobj)
 
 
 @settings(max_examples=25, deadline=None)

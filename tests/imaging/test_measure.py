@@ -346,13 +346,13 @@ def test_what_was_not_kept_is_empty_with_the_reason():
     assert [row["confidence"] for row in rows] == [0.9, 0]
 
 
-def test_a_region_is_foretold_from_another_as_well_as_the_head_is_straight():
+def test_a_region_is_foretold_from_how_another_is_turned():
     where = where_they_are()
     labels = by_abbreviation(list(where))
     dentate = [label for label in labels if label.structure == "dentate_nucleus"]
     others = [label for label in labels if label not in dentate]
     true = np.mean([where[label.abbreviation] for label in dentate], 0)
-    for turn, off in ((0.0, 0.1), (20.0, 16.0)):
+    for turn, off in ((0.0, 0.1), (20.0, 10.0)):
         _, _, affine = head_of(where, turn=turn)
         rotated = affine[:3, :3] / 2.0
         to_voxel = np.linalg.inv(affine)
