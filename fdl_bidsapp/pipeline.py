@@ -454,8 +454,9 @@ def _segment_located(
 ) -> tuple[Array, Array]:
     """Look at one window around each region that the model's locator finds.
 
-    Where the target does not lead to all of a region, the scan's other contrasts may: they see the
-    same head. So may the structures of another region, whose place in a head is known.
+    All contrasts of the scan together say where a region is: they see the same head. Where that
+    does not lead to all of it, one of them may, or the structures of another region, whose place in
+    a head is known.
     """
     spec = bundle.spec
     grid = Grid(spec.grid_shape, spec.grid_spacing)
@@ -465,17 +466,16 @@ def _segment_located(
     locator = network.locator
     assert locator is not None
     assert spec.locator is not None
-    others = [name for name in images if name != canvas.target and name in spec.locator.contrasts]
+    known = [name for name in images if name in spec.locator.contrasts]
 
     @cache
-    def located(contrast: str) -> list[list[Array]]:
-        return _located(images[contrast], contrast, affine, spec, locator, device)
+    def located(*contrasts: str) -> list[list[Array]]:
+        chosen = {name: images[name] for name in contrasts}
+        return _located(chosen, affine, spec, locator, device)
 
-    def elsewhere(region: int) -> Iterator[Array]:
-        for name in others:
-            # One contrast may be flat and the others good.
-            with suppress(ImageError):
-                yield from located(name)[region]
+    def alone(region: int) -> Iterator[Array]:
+        for name in known if len(known) > 1 else []:
+            yield from located(name)[region]
 
     def settled(look: Callable[[Corner], Look], centre: Array) -> Look:
         return _settled(look, window_around(centre, shape, grid), shape, box, grid)
@@ -502,20 +502,20 @@ def _segment_located(
             yield place
 
     for region, look in looks.items():
-        for centre in located(canvas.target)[region]:
+        for centre in located(*known)[region]:
             seen = settled(look, centre)
             if region not in best or seen.shown > best[region].shown:
                 best[region] = seen
             if seen.shown == len(spec.windows[region]):
                 break
-    for lead in (elsewhere, foretold):
+    for lead in (alone, foretold):
         for region, look in looks.items():
             wanted = len(spec.windows[region])
             if region in best and best[region].shown == wanted:
                 continue
             for centre in lead(region):
                 seen = settled(look, centre)
-                # Where the target does not point to, less than everything would be a guess.
+                # Where not all point to, less than everything would be a guess.
                 if seen.shown == wanted:
                     best[region] = seen
                     break
@@ -586,8 +586,7 @@ def _settled(
 
 
 def _located(
-    image: nib.Nifti1Image,
-    target: str,
+    images: Mapping[str, nib.Nifti1Image],
     affine: Array,
     spec: ModelSpec,
     locator: FusionNetwork,
@@ -598,13 +597,19 @@ def _located(
 
     assert spec.locator is not None
     coarse = Grid(spec.locator.grid_shape, spec.locator.grid_spacing)
-    coarse_shape, coarse_affine, _ = canvas_geometry(image, coarse)
-    seen = conform(image, coarse_shape, coarse_affine)
-    data = normalise(seen, spec.locator.intensity[target])
+    seen = []
+    for contrast, image in images.items():
+        coarse_shape, coarse_affine, _ = canvas_geometry(image, coarse)
+        # One contrast may be flat and the others good.
+        with suppress(ImageError):
+            data = conform(image, coarse_shape, coarse_affine)
+            seen.append(normalise(data, spec.locator.intensity[contrast]))
+    if not seen:
+        return [[] for _ in spec.locator.labels]
     to_canvas_voxel = np.linalg.inv(affine) @ coarse_affine
     return [
         [(to_canvas_voxel @ [*place, 1])[:3] for place in places]
-        for places in locate(locator, data, coarse.spacing, device)
+        for places in locate(locator, seen, coarse.spacing, device)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import nibabel as nib
@@ -244,7 +245,7 @@ def located(monkeypatch, blob_model):
         canvas: Canvas,
         *centres: tuple[float, float, float] | list | None,
         regions: tuple = (),
-        elsewhere: dict[str, list] | None = None,
+        alone: dict[str, list] | None = None,
     ) -> tuple[int, tuple]:
         from fdl_bidsapp import pipeline
         from fdl_bidsapp.models import inference
@@ -258,8 +259,13 @@ def located(monkeypatch, blob_model):
 
         places = [centre if isinstance(centre, list) else [centre] for centre in centres]
         where = [[np.array(place) for place in each if place is not None] for each in places]
-        by_contrast = {**(elsewhere or {}), canvas.target: where}
-        monkeypatch.setattr(pipeline, "_located", lambda _, contrast, *__: by_contrast[contrast])
+        nowhere: list[list] = [[] for _ in where]
+
+        def places_of(images: Mapping[str, object], *_: object) -> list:
+            together = len(images) == len(canvas.maps)
+            return where if together else (alone or {}).get(*images, nowhere)
+
+        monkeypatch.setattr(pipeline, "_located", places_of)
         monkeypatch.setattr(inference, "predict", counted)
         coarse = replace(
             bundle.spec,
@@ -306,25 +312,27 @@ def test_without_the_region_nothing_is_found(located, blobs):
 
 
 @pytest.mark.parametrize(
-    "own", [None, (52, 15, 16), (34, 15, 16)], ids=["no place", "a wrong one", "one of a part"]
+    "all_of_them",
+    [None, (52, 15, 16), (34, 15, 16)],
+    ids=["no place", "a wrong one", "one of a part"],
 )
-def test_another_contrast_may_lead_to_what_the_target_does_not(located, blobs, own):
+def test_one_contrast_may_lead_to_what_all_together_do_not(located, blobs, all_of_them):
     data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
     canvas = canvas_of(data, [], [])
     canvas.maps["imag"] = data
     places = {"imag": [[np.array((12, 15, 16))]]}
-    _, found = located(canvas, own, elsewhere=places)
+    _, found = located(canvas, all_of_them, alone=places)
     assert centres(*found) == [[5, 16, 16], [16, 16, 16]]
 
 
-def test_what_another_contrast_leads_to_has_to_be_all(located, blobs):
+def test_what_one_contrast_leads_to_has_to_be_all(located, blobs):
     data = blobs(bright=(10, 16, 16), dark=(52, 16, 16)).data("qsm", (64, 32, 32))
     canvas = canvas_of(data, [], [])
     canvas.maps["imag"] = data
     places = {"imag": [[np.array((48, 15, 16))]]}
-    _, (probabilities, _) = located(canvas, None, elsewhere=places)
+    _, (probabilities, _) = located(canvas, None, alone=places)
     assert not probabilities.any()
-    _, (probabilities, _) = located(canvas, (14, 15, 16), elsewhere=places)
+    _, (probabilities, _) = located(canvas, (14, 15, 16), alone=places)
     assert [bool((each > 0.5).any()) for each in probabilities] == [True, False]
 
 

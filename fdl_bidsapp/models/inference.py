@@ -159,18 +159,20 @@ def predict(
 @torch.inference_mode()
 def locate(
     network: FusionNetwork,
-    image: NDArray[np.float32],
+    images: Sequence[NDArray[np.float32]],
     spacing: Sequence[float],
     device: torch.device,
 ) -> list[list[Place]]:
     """Find the regions of the nuclei in a whole field of view.
 
+    Contrasts of one scan see the same head: the probabilities that each gives are averaged.
+
     Parameters
     ----------
     network
         A locator in evaluation mode, on ``device``.
-    image : (X, Y, Z) float array
-        Normalised, at the locator's spacing, of any shape.
+    images : sequence of (X, Y, Z) float arrays
+        One for each contrast, normalised, at the locator's spacing, of any shape.
     spacing
         Voxel size in mm.
     device
@@ -181,12 +183,13 @@ def locate(
     list of lists of (x, y, z)
         For each region its centre in voxels, the likeliest first; empty where there is none.
     """
-    volume = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).to(device)
+    volumes = torch.from_numpy(np.stack(images).astype(np.float32)).to(device)
     dtype = autocast_dtype(device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        (logits,) = network(volume[None, None])
+        (logits,) = network(volumes[:, None])
+    probabilities = logits.float().softmax(1).mean(0)[1:].cpu().numpy()
     sizes = np.asarray(spacing, float)
-    return [_places(inside, sizes) for inside in logits[0].float().softmax(0)[1:].cpu().numpy()]
+    return [_places(inside, sizes) for inside in probabilities]
 
 
 def _places(inside: NDArray[np.float32], spacing: NDArray[np.float64]) -> list[Place]:

@@ -177,12 +177,20 @@ def test_locates_the_largest_region_at_its_centre():
     image = np.zeros((20, 24, 18), np.float32)
     image[4:9, 10:15, 6:9] = 1
     image[15, 2, 2] = 1
-    ((centre,),) = locate(Bright(), image, COARSE, CPU)
+    ((centre,),) = locate(Bright(), [image], COARSE, CPU)
     assert centre == pytest.approx((6, 12, 7), abs=0.01)
 
 
 def test_locates_nothing_where_there_is_no_region():
-    assert locate(Bright(), np.zeros((20, 24, 18), np.float32), COARSE, CPU) == [[]]
+    assert locate(Bright(), [np.zeros((20, 24, 18), np.float32)], COARSE, CPU) == [[]]
+
+
+def test_contrasts_together_outvote_the_one_that_errs():
+    right, wrong = (np.zeros((20, 24, 18), np.float32) for _ in range(2))
+    right[4:9, 10:15, 6:9] = 1
+    wrong[13:18, 2:7, 10:13] = 1
+    ((centre,),) = locate(Bright(), [right, wrong, right], COARSE, CPU)
+    assert centre == pytest.approx((6, 12, 7), abs=0.01)
 
 
 def test_two_regions_that_a_bridge_joins_are_two_places():
@@ -190,7 +198,7 @@ def test_two_regions_that_a_bridge_joins_are_two_places():
     image[7:14, 7:14, 28:35] = 1
     image[5:12, 7:14, 4:10] = 1
     image[9:11, 9:11, 10:28] = 1
-    ((first, second),) = locate(Bright(), image, COARSE, CPU)
+    ((first, second),) = locate(Bright(), [image], COARSE, CPU)
     assert first == pytest.approx((10, 10, 31), abs=1)
     assert second == pytest.approx((8, 10, 7), abs=1)
 
@@ -206,8 +214,8 @@ class BrightAndDark(nn.Module):
 def test_locates_each_region_by_itself():
     image = np.full((20, 24, 18), 0.5, np.float32)
     image[4:9, 10:15, 6:9] = 1
-    assert locate(BrightAndDark(), image, COARSE, CPU)[1] == []
+    assert locate(BrightAndDark(), [image], COARSE, CPU)[1] == []
     image[12:15, 4:7, 10:15] = 0
-    (bright,), (dark,) = locate(BrightAndDark(), image, COARSE, CPU)
+    (bright,), (dark,) = locate(BrightAndDark(), [image], COARSE, CPU)
     assert bright == pytest.approx((6, 12, 7), abs=0.01)
     assert dark == pytest.approx((13, 5, 12), abs=0.01)

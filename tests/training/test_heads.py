@@ -217,7 +217,7 @@ def test_a_locator_learns_where_the_nuclei_of_labelled_scans_lie(tmp_path, model
     schedule = Schedule(200, learning_rate=1e-2, average=0.9)
     trained = train_locator(network, model, seen, schedule, tmp_path / "run", cpu, configuration={})
     image = normalise(unseen.images["qsm"], model.locator.intensity["qsm"])
-    found = locate(trained.network, image, model.locator.grid_spacing, cpu)
+    found = locate(trained.network, [image], model.locator.grid_spacing, cpu)
     for region, places in enumerate(found, start=1):
         centre = middle(unseen.regions == region)
         assert places, f"region {region} is not found"
