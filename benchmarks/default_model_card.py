@@ -17,6 +17,7 @@ import pandas as pd
 from default_model_accuracy import RESULTS
 
 from fdl_bidsapp.imaging.confidence import Calibration
+from fdl_bidsapp.imaging.grid import OBLIQUE_DEGREES
 from fdl_bidsapp.models.bundle import Bundle, load_bundle
 from fdl_bidsapp.models.fdl import ModelSpec
 from fdl_bidsapp.training.evaluate import MEAN
@@ -25,11 +26,12 @@ CARD = """# Model card: default
 
 **What it is.** {method} with a plain 3-D U-Net of {width} first-layer channels, on grids of {grid}
 voxels of {spacing} mm. A second, small network finds midbrain and cerebellum in the whole field of
-view at {coarse} mm; each gives a grid of its own. The target is QSM, R2*, mean magnitude or SWI;
-the structures are the red and dentate nuclei, the substantia nigra and the subthalamic nuclei,
-left and right. Unless `--flips no` is given, each window and its mirror image are segmented, and
-the mean is taken. A region that is not found is looked for where the structures of the other one
-foretell it. What is not found, or is no more than a guess, has an empty mask and a flag.
+view at {coarse} mm, all contrasts of a scan together; each gives a grid of its own. A scan that is
+tilted by more than {oblique:g}° is seen upright. The target is QSM, R2*, mean magnitude or SWI; the
+structures are the red and dentate nuclei, the substantia nigra and the subthalamic nuclei, left and
+right. Unless `--flips no` is given, each window and its mirror image are segmented, and the mean is
+taken. A region that is not found is looked for where the structures of the other one foretell it.
+What is not found, or is no more than a guess, has an empty mask and a flag.
 
 **State.** {state}
 
@@ -99,6 +101,7 @@ def card(bundle: Bundle, figures: pd.DataFrame) -> str:
         grid=" × ".join(map(str, spec.grid_shape)),
         spacing=f"{spec.grid_spacing[0]:g}",
         coarse=f"{spec.locator.grid_spacing[0]:g}",
+        oblique=OBLIQUE_DEGREES,
         state=state(figures, spec.calibration),
         table=table(figures),
         command=figures["command"].iloc[0],
