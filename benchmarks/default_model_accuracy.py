@@ -6,8 +6,10 @@ Groups of scans: ``ordinary`` and ``full``, as many of each head as ``--draws`` 
 say; ``effects``, where each effect of the simulator in turn is off, mild, middle and harsh in the
 same ordinary scan;
 ``absent``, slabs that end above all nuclei or above the dentate ones. Every scan is simulated once,
-from its echoes, written as BIDS, and segmented by ``fdl-bidsapp`` once for each target. Masks are
-compared with the truth on the scan's own grid; docs/metrics.md says what an empty mask gets.
+from its echoes, written as BIDS, and segmented by ``fdl-bidsapp`` once for each target, and once
+with the best of them. Masks are compared with the truth on the scan's own grid; docs/metrics.md
+says what an empty mask gets. ``contrast`` is by how many standard deviations of its surround a
+structure differs from it in the map that was segmented: ``seen`` is what reaches two.
 
 It goes on where it was stopped, scan by scan. A run with another model finds the scans again that
 are in the work folder (some 60 MB each); ``--discard`` deletes each once it is measured.
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -41,6 +44,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from machine import command_line, machine
+from scipy import ndimage
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.bids.outputs import write_json
@@ -48,6 +52,7 @@ from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.imaging.overlap import dice, hausdorff95
 from fdl_bidsapp.labels import Label, mirrored
 from fdl_bidsapp.models.bundle import Bundle, load_bundle
+from fdl_bidsapp.settings import BEST, CONTRASTS
 from fdl_bidsapp.simulation.parameters import LEVELS, Value, draw_values, effects, understood
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,6 +77,20 @@ DICE_BARS = {
     "substantia_nigra": 0.86,
     "subthalamic_nucleus": 0.78,
 }
+MAPS = {
+    "qsm": "Chimap",
+    "r2star": "R2starmap",
+    "imag": "part-mag_T2starw",
+    "swi": "rec-swi_T2starw",
+}
+"""How the maps of a scan are named."""
+
+SURROUND_MM = (1.0, 4.0)
+"""How far around a structure its surround reaches."""
+
+SEEN = 2.0
+"""A structure is seen that differs from its surround by so many standard deviations of it."""
+
 OTHER_TARGETS, FULL_RANGE = 0.05, 0.08
 """How far other targets than QSM, and the full range, may stay below."""
 
@@ -109,7 +128,8 @@ def main() -> None:
     """Simulate, run the app, measure, write the tables."""
     options = parse()
     bundle = load_bundle(options.model)
-    targets = [target for target in options.targets if target in bundle.spec.contrasts]
+    known = [*bundle.spec.contrasts, *([BEST] if bundle.spec.calibration else [])]
+    targets = [target for target in options.targets if target in known]
     draws, steps = plan(options)
     for group in dict.fromkeys(draw.group for draw in draws):
         run_group([draw for draw in draws if draw.group == group], bundle, targets, options)
@@ -140,7 +160,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--effect-draws", type=int, default=1, help="of each head and step")
     parser.add_argument("--effect-heads", nargs="+", help="heads of single effects; default: all")
     parser.add_argument("--effects", nargs="+", default=list(effects()), help="default: all")
-    parser.add_argument("--targets", nargs="+", default=["qsm", "r2star", "imag", "swi"])
+    parser.add_argument("--targets", nargs="+", default=[*CONTRASTS, BEST])
     parser.add_argument("--seed", type=int, default=71_000)
     parser.add_argument(
         "--set", action="append", default=[], metavar="EFFECT=VALUE", help="in every scan"
@@ -326,8 +346,14 @@ def measure_draw(
     stem = Path(f"sub-{draw.name}", "anat", f"sub-{draw.name}")
     truth = nib.load(folder / "truth" / f"{stem}_dseg.nii.gz")
     true = np.asarray(truth.dataobj)
-    qsm = np.asarray(nib.load(folder / "bids" / f"{stem}_Chimap.nii.gz").dataobj, np.float32)
+    maps = {
+        contrast: np.asarray(
+            nib.load(folder / "bids" / f"{stem}_{name}.nii.gz").dataobj, np.float32
+        )
+        for contrast, name in MAPS.items()
+    }
     spacing = spacing_of(truth.affine)
+    standing_out = {contrast: contrasts(data, true, spacing) for contrast, data in maps.items()}
     rows = []
     for target in targets:
         out = folder / f"out-{target}" / stem
@@ -343,17 +369,43 @@ def measure_draw(
             table = morph.set_index("abbreviation").to_dict("index")
         for label, other in zip(bundle.spec.labels, mirrored(bundle.spec.labels), strict=True):
             own = table.get(label.abbreviation, {"qc_flag": "failed", "confidence": 0.0})
+            segmented = record.get("Target") or target
             rows.append(
                 {
                     **{"scan": draw.name, "group": draw.group, "head": draw.head},
                     **{"profile": draw.profile, "target": target},
                     **{"structure": label.structure, "abbreviation": label.abbreviation},
-                    **compare(mine, true, qsm, label, bundle.spec.labels[other], spacing),
+                    **compare(mine, true, maps["qsm"], label, bundle.spec.labels[other], spacing),
+                    "segmented": segmented,
+                    "contrast": standing_out.get(segmented, {}).get(label.index),
                     "confidence": None if pd.isna(own["confidence"]) else own["confidence"],
                     "flag": own["qc_flag"],
                 }
             )
     return rows
+
+
+def contrasts(data: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> dict[int, float]:
+    """Tell by how many standard deviations of its surround each structure differs from it.
+
+    The surround is what lies 1 to 4 mm around it and belongs to no other structure.
+    """
+    found: dict[int, float] = {}
+    margin = [math.ceil(SURROUND_MM[1] / size) for size in spacing]
+    for index, box in enumerate(ndimage.find_objects(true.astype(np.int32)), 1):
+        if box is None:
+            continue
+        near = tuple(
+            slice(max(s.start - m, 0), s.stop + m) for s, m in zip(box, margin, strict=True)
+        )
+        inside = true[near] == index
+        distance = ndimage.distance_transform_edt(~inside, spacing)
+        around = (distance > SURROUND_MM[0]) & (distance <= SURROUND_MM[1]) & (true[near] == 0)
+        # Outside its mask, a map has no values.
+        values = data[near][around & (data[near] != 0)]
+        if len(values) > 1 and values.std() > 0:
+            found[index] = float(abs(data[near][inside].mean() - values.mean()) / values.std())
+    return found
 
 
 def compare(
@@ -391,7 +443,8 @@ def read_cases(work: Path, draws: Iterable[Draw]) -> pd.DataFrame:
     """Read the rows of scans that were measured."""
     rows = [row for draw in draws for row in _json(case_file(draw, work / draw.group))["Rows"]]
     table = pd.DataFrame(rows)
-    numbers = ["dice", "hd95", "volume", "true_volume", "qsm", "true_qsm", "confidence"]
+    numbers = ["dice", "hd95", "volume", "true_volume", "qsm", "true_qsm"]
+    numbers += ["confidence", "contrast"]
     return table.astype(dict.fromkeys(numbers, float))
 
 
@@ -445,10 +498,14 @@ def figures(group: pd.DataFrame) -> dict[str, float]:
     present = group[group["true_volume"] > 0]
     both = present[present["qsm"].notna() & present["true_qsm"].notna()]
     true = present["true_volume"]
+    seen = present["contrast"] >= SEEN
     return {
         "dice": present["dice"].mean(),
         "dice_p05": present["dice"].quantile(0.05),
         "share_dice_below_0.7": (present["dice"] < 0.7).mean(),
+        "share_seen": seen.mean(),
+        "dice_seen": present.loc[seen, "dice"].mean(),
+        "dice_unseen": present.loc[~seen, "dice"].mean(),
         "hd95": present["hd95"].mean(),
         "hd95_median": present["hd95"].median(),
         "volume_bias": present["volume"].sum() / true.sum() - 1,
@@ -462,7 +519,7 @@ def bars_of(profile: str, target: str, structure: str) -> dict[str, tuple[float,
     """Return what is aimed at, and whether more is better (else, less in absolute value)."""
     bars: dict[str, tuple[float, bool]] = {}
     if structure in DICE_BARS:
-        bar = DICE_BARS[structure] - OTHER_TARGETS * (target != "qsm")
+        bar = DICE_BARS[structure] - OTHER_TARGETS * (target not in ("qsm", BEST))
         bars["dice"] = (round(bar - FULL_RANGE * (profile == "full"), 2), True)
     if target == "qsm":
         bars |= {"volume_bias": (0.03, False), "qsm_bias": (0.05, False)}

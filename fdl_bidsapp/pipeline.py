@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from fdl_bidsapp.bids.inputs import Scan, Source
-from fdl_bidsapp.errors import DataError, ImageError, InputMissingError
+from fdl_bidsapp.errors import DataError, ImageError, InputMissingError, ModelError
 from fdl_bidsapp.imaging.grid import (
     Box,
     Corner,
@@ -48,6 +48,7 @@ from fdl_bidsapp.imaging.measure import (
     largest_components,
 )
 from fdl_bidsapp.imaging.relaxometry import mean_magnitude, r2star_from_t2star, r2star_loglinear
+from fdl_bidsapp.settings import BEST
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +177,8 @@ def choose_target(available: Sequence[str], wanted: str, allowed: Sequence[str])
     available
         Contrasts of the scan.
     wanted
-        ``auto`` or a contrast.
+        A contrast; ``auto``, or ``best`` as long as nothing is segmented yet: the first that will
+        do.
     allowed
         Contrasts that the model takes as target.
 
@@ -192,14 +194,15 @@ def choose_target(available: Sequence[str], wanted: str, allowed: Sequence[str])
     >>> choose_target(["imag", "r2star"], "auto", ["qsm", "r2star", "imag"])
     'r2star'
     """
-    if wanted != "auto" and wanted not in allowed:
+    open_choice = wanted in ("auto", BEST)
+    if not open_choice and wanted not in allowed:
         raise DataError(
             f"the model does not segment {wanted}", f"choose --target among: {', '.join(allowed)}"
         )
-    for contrast in TARGET_ORDER if wanted == "auto" else (wanted,):
+    for contrast in TARGET_ORDER if open_choice else (wanted,):
         if contrast in available and contrast in allowed:
             return contrast
-    what = f"no {wanted} image" if wanted != "auto" else "no contrast that the model segments"
+    what = "no contrast that the model segments" if open_choice else f"no {wanted} image"
     found = ", ".join(available) or "nothing"
     raise InputMissingError(
         f"the scan has {what}; it has {found}", "choose another --target or --model"
@@ -214,7 +217,7 @@ def read_scan(scan: Scan, target: str, allowed: Sequence[str]) -> ScanImages:
     scan
         From :func:`fdl_bidsapp.bids.inputs.find_scans`.
     target
-        ``auto`` or a contrast.
+        As for :func:`choose_target`.
     allowed
         Contrasts that the model takes as target.
 
@@ -421,6 +424,64 @@ def segment_canvas(
     if reserve and not (blended > 0.5).any(axis=(1, 2, 3)).all():
         blended = blend(each(starts + reserve), starts + reserve, shape)
     return crop_to(blended, canvas.affine)
+
+
+def segment_surest(
+    images: ScanImages,
+    bundle: Bundle,
+    network: FusionNetwork,
+    device: torch.device,
+    *,
+    flips: str = "auto",
+) -> tuple[dict[str, float], Array, Array]:
+    """Segment every contrast of a scan, and keep the one of which the model expects most.
+
+    Parameters
+    ----------
+    images
+        From :func:`read_scan`.
+    bundle, network, device, flips
+        As for :func:`segment_canvas`; the model has a calibration.
+
+    Returns
+    -------
+    expected : contrast → float
+        The mean of the structures' expected Dice, 0 for those that are not found; the contrast that
+        is kept comes first.
+    probabilities : (K, X, Y, Z) float32 array
+    affine : (4, 4) array
+        As :func:`segment_canvas` returns them, of the contrast that is kept.
+
+    Raises
+    ------
+    ModelError
+        The calibration knows none of the scan's contrasts.
+    """
+    spec = bundle.spec
+    known = spec.calibration.weights if spec.calibration is not None else {}
+    expected: dict[str, float] = {}
+    kept = None
+    for target in TARGET_ORDER:
+        if target not in images.maps or target not in spec.contrasts or target not in known:
+            continue
+        canvas = to_canvas(replace(images, target=target), spec)
+        probabilities, affine = segment_canvas(canvas, bundle, network, device, flips=flips)
+        shape = images.maps[target].shape
+        found = to_native(probabilities, affine, shape, images.affine, spec, target)
+        dice = [value for value in found.confidence.values() if value is not None]
+        surest = max(expected.values(), default=-1.0)
+        expected[target] = float(np.mean(dice)) if dice else 0.0
+        if expected[target] > surest:
+            kept = probabilities, affine
+    if kept is None:
+        raise ModelError(
+            f"the model {spec.name!r} does not foretell how well it segments "
+            f"{', '.join(images.maps)}",
+            "name the contrast with --target",
+        )
+    # Sorting keeps the order of equals, so that the first is the one that was kept.
+    ranking = sorted(expected, key=lambda target: -expected[target])
+    return {target: expected[target] for target in ranking}, *kept
 
 
 def _window(

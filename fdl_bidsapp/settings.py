@@ -14,7 +14,10 @@ from fdl_bidsapp.errors import InputMissingError, UsageError
 
 LEVELS = ("participant", "group")
 CONTRASTS = ("qsm", "r2star", "imag", "swi")
-TARGETS = ("auto", *CONTRASTS)
+BEST = "best"
+"""Of a scan's contrasts, the one of which the model expects most."""
+
+TARGETS = ("auto", BEST, *CONTRASTS)
 DEVICES = ("auto", "cpu", "cuda")
 FLIPS = ("auto", "yes", "no")
 PAPER_MEASURES = ("volume", "qsm_mean", "r2star_mean")

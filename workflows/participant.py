@@ -100,6 +100,7 @@ def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> W
             device=compute.device,
             fall_back=compute.fall_back,
             use_gpu=compute.device == "cuda",
+            target=settings.target,
             flips=settings.flips,
             threads=compute.threads,
             **model,
@@ -126,7 +127,7 @@ def init_scan_wf(name: str, job: Job, settings: Settings, compute: Compute) -> W
         [
             (normalise, segment, [("images", "images"), ("canvas", "canvas")]),
             (normalise, deliver, [("images", "images")]),
-            (segment, deliver, [("probabilities", "probabilities"), ("note", "note")]),
+            (segment, deliver, [(name, name) for name in ("probabilities", "target", "notes")]),
         ]
     )
     if settings.recon != "never" and needs_making(job.scan):

@@ -17,9 +17,15 @@ from typing import TYPE_CHECKING
 from fdl_bidsapp import __version__
 from fdl_bidsapp.cli.parser import parse
 from fdl_bidsapp.cli.trouble import explain, visible
-from fdl_bidsapp.errors import FdlError, InputMissingError, OutputError, StorageError
+from fdl_bidsapp.errors import (
+    FdlError,
+    InputMissingError,
+    OutputError,
+    StorageError,
+    UsageError,
+)
 from fdl_bidsapp.processor import available_cores, wait_politely
-from fdl_bidsapp.settings import Settings, read_bids_filters
+from fdl_bidsapp.settings import BEST, Settings, read_bids_filters
 from fdl_bidsapp.space import lacks_space, where_space_lacks
 
 if TYPE_CHECKING:
@@ -153,6 +159,12 @@ def run_participant(settings: Settings) -> int:
     from fdl_bidsapp.models.bundle import load_bundle
 
     bundle = load_bundle(settings.model)
+    if settings.target == BEST and bundle.spec.calibration is None:
+        raise UsageError(
+            f"the model {bundle.spec.name!r} does not foretell its Dice, and cannot choose the "
+            "best contrast by it",
+            "name a contrast with --target, or use a calibrated model such as the default",
+        )
     # A file that is no such network is told before anything is done.
     recon_identity(settings.recon)
     if settings.dry_run:
@@ -386,14 +398,15 @@ def _tell_plan(settings: Settings, discovery: Discovery, bundle: Bundle) -> None
             print(f"  cannot be done: {scan.error}")
             continue
         try:
-            target = choose_target(
-                [source.contrast for source in scan.sources], settings.target, bundle.spec.contrasts
-            )
+            contrasts = [source.contrast for source in scan.sources]
+            targets = [choose_target(contrasts, settings.target, bundle.spec.contrasts)]
+            if settings.target == BEST:
+                targets = [each for each in contrasts if each in bundle.spec.contrasts]
         except FdlError as error:
             print(f"  cannot be done: {error}")
             continue
         for source in scan.sources:
-            chosen = "  <- segmented" if source.contrast == target else ""
+            chosen = "  <- segmented" if source.contrast in targets else ""
             print(f"  {source.contrast} ({source.derivation}){chosen}")
             for path in (*source.paths, *source.phase):
                 print(f"    {path}")

@@ -173,7 +173,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target",
         choices=TARGETS,
-        help="contrast to segment; 'auto' takes the best that each scan has" + _default("target"),
+        help="contrast to segment; 'auto' takes the first that a scan has of qsm, r2star, imag and "
+        "swi, 'best' segments them all and keeps the one of which the model expects the highest "
+        "Dice" + _default("target"),
     )
     group.add_argument(
         "--model",

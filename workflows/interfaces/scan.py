@@ -17,7 +17,7 @@ from nipype.interfaces.base import (
 )
 
 from fdl_bidsapp.errors import TemporaryError
-from fdl_bidsapp.settings import FLIPS
+from fdl_bidsapp.settings import BEST, FLIPS
 
 if TYPE_CHECKING:
     from fdl_bidsapp.models.bundle import Bundle
@@ -71,7 +71,7 @@ class _NormaliseOutputs(TraitedSpec):
     canvas = File(
         exists=True,
         desc="what the network reads, on the model's canvas; none for a model that samples its "
-        "windows from the images themselves",
+        "windows from the images themselves, or where each contrast is to be tried",
     )
 
 
@@ -88,7 +88,7 @@ class NormaliseScan(SimpleInterface):
         images = read_scan(self.inputs.scan, self.inputs.target, spec.contrasts)
         self._results["images"] = str(Path(runtime.cwd, "images.npz"))
         save_images(self._results["images"], images)
-        if spec.locator is None:
+        if spec.locator is None and self.inputs.target != BEST:
             self._results["canvas"] = str(Path(runtime.cwd, "canvas.npz"))
             save_canvas(self._results["canvas"], to_canvas(images, spec))
         return runtime
@@ -97,6 +97,7 @@ class NormaliseScan(SimpleInterface):
 class _SegmentInputs(_ModelInputs):
     images = File(exists=True, mandatory=True)
     canvas = File(exists=True, desc="of the images, where the model has one")
+    target = traits.Str("auto", usedefault=True, desc="contrast to segment")
     device = traits.Str("cpu", usedefault=True)
     fall_back = traits.Bool(False, usedefault=True, desc="to the CPU when the GPU fails")
     use_gpu = traits.Bool(False, usedefault=True, desc="takes the GPU slot of the scheduler")
@@ -106,7 +107,8 @@ class _SegmentInputs(_ModelInputs):
 
 class _SegmentOutputs(TraitedSpec):
     probabilities = File(exists=True)
-    note = traits.Str(desc="why it ran elsewhere than it should have; empty where it did not")
+    target = traits.Str(desc="the contrast that was segmented")
+    notes = traits.List(traits.Str(), desc="why it ran elsewhere, or took this contrast")
 
 
 class SegmentScan(SimpleInterface):
@@ -124,50 +126,60 @@ class SegmentScan(SimpleInterface):
         import torch
 
         torch.set_num_threads(self.inputs.threads)
-        note = ""
+        notes = []
         try:
-            probabilities, affine = self._segment(self.inputs.device)
+            expected, probabilities, affine = self._segment(self.inputs.device)
         except Exception as error:
             trouble = _gpu_trouble(error) if self.inputs.device == "cuda" else None
             if trouble is None:
                 raise
             if not self.inputs.fall_back:
                 raise trouble from error
-            note = f"the network ran on the CPU: {trouble.cause}"
-        if note:
+            notes.append(f"the network ran on the CPU: {trouble.cause}")
+        if notes:
             # Not in the handler, where the error holds what was on the GPU.
             torch.cuda.empty_cache()
-            probabilities, affine = self._segment("cpu")
+            expected, probabilities, affine = self._segment("cpu")
+        target, *others = expected
+        if others:
+            dice = ", ".join(f"{name} {value:.2f}" for name, value in expected.items())
+            notes.append(f"{target} was segmented, of which most was expected (Dice: {dice})")
         path = str(Path(runtime.cwd, "probabilities.npz"))
         np.savez(path, allow_pickle=False, probabilities=probabilities, affine=affine)
-        self._results.update(probabilities=path, note=note)
+        self._results.update(probabilities=path, target=target, notes=notes)
         return runtime
 
-    def _segment(self, device: str) -> tuple[Any, Any]:
+    def _segment(self, device: str) -> tuple[dict[str, Any], Any, Any]:
+        """Return the contrasts segmented, that which is kept first, and what is found in it."""
         import torch
 
-        from fdl_bidsapp.pipeline import load_canvas, load_images, segment_canvas, to_canvas
+        from fdl_bidsapp.pipeline import (
+            load_canvas,
+            load_images,
+            segment_canvas,
+            segment_surest,
+            to_canvas,
+        )
 
         model = (self.inputs.model, self.inputs.model_sha256)
         bundle = load_model(*model)
+        means = (bundle, _network(*model, device), torch.device(device))
+        flips = self.inputs.flips
+        if self.inputs.target == BEST:
+            return segment_surest(load_images(self.inputs.images), *means, flips=flips)
         if isdefined(self.inputs.canvas):
             canvas = load_canvas(self.inputs.canvas)
         else:
             canvas = to_canvas(load_images(self.inputs.images), bundle.spec)
-        return segment_canvas(
-            canvas,
-            bundle,
-            _network(*model, device),
-            torch.device(device),
-            flips=self.inputs.flips,
-        )
+        return {canvas.target: None}, *segment_canvas(canvas, *means, flips=flips)
 
 
 class _DeliverInputs(_ModelInputs):
     scan = traits.Any(mandatory=True)
     images = File(exists=True, mandatory=True)
     probabilities = File(exists=True, mandatory=True)
-    note = traits.Str("", usedefault=True, desc="of the segmentation, for the record")
+    target = traits.Str(mandatory=True, desc="the contrast that was segmented")
+    notes = traits.List(traits.Str(), desc="of the segmentation, for the record")
     output_dir = traits.Str(mandatory=True)
     provenance = traits.Any(mandatory=True, desc="fdl_bidsapp.derivatives.Provenance")
     space = traits.Str("", usedefault=True, desc="standard space to deliver in as well")
@@ -196,8 +208,8 @@ class DeliverScan(SimpleInterface):
         spec = load_model(self.inputs.model, self.inputs.model_sha256).spec
         labels = spec.labels
         images = load_images(self.inputs.images)
-        if self.inputs.note:
-            images = replace(images, notes=(*images.notes, self.inputs.note))
+        notes = (*images.notes, *self.inputs.notes)
+        images = replace(images, target=self.inputs.target, notes=notes)
         target = images.maps[images.target]
         with np.load(self.inputs.probabilities, allow_pickle=False) as file:
             segmentation = to_native(
