@@ -73,7 +73,7 @@ result is run with `--model MODEL.safetensors`.
 **Licence.** Apache-2.0, as the package.
 """
 
-WORDS = {"qsm": "QSM", "r2star": "R2*", "imag": "iMag", "swi": "SWI"}
+WORDS = {"qsm": "QSM", "r2star": "R2*", "imag": "iMag", "swi": "SWI", "best": "the best"}
 
 
 def main() -> None:

@@ -38,7 +38,8 @@ HIGH_DICE = 0.85
 
 ADVICE = {
     "empty": "Nothing was found that could be kept. See whether the field of view holds the "
-    "nucleus and the contrast shows it; draw it by hand where it does.",
+    "nucleus and the contrast shows it. Where another contrast of the scan does, run it with "
+    "--target best; else draw it by hand.",
     "touches_fov": "It touches the end of the field of view and may be cut off: its volume is "
     "then too small.",
     "fragmented": "More than a tenth of its voxels lay apart from the largest piece and were "
