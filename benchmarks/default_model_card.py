@@ -38,8 +38,11 @@ What is not found, or is no more than a guess, has an empty mask and a flag.
 {table}
 
 Mean over both sides and all scans after the whole app, in the scans' own grids; `ordinary` is a
-usual 3 T protocol in an adult, `full` the whole range of the simulator. Tables with all cases:
-`benchmarks/results/default_model*.tsv`, made by `{command}`.
+usual 3 T protocol in an adult, `full` the whole range of the simulator. A structure is `seen` where
+it differs from its surround by two standard deviations of that in the map that is segmented; no
+one could draw much of the others. `the best` is `--target best`, which takes the contrast of which
+the model expects most. Tables with all cases: `benchmarks/results/default_model*.tsv`, made by
+`{command}`.
 
 {elsewhere}
 
@@ -191,8 +194,9 @@ def tuned() -> str:
 def table(figures: pd.DataFrame) -> str:
     """Set the figures out, one line for each structure and target."""
     rows = [
-        ("scans", "target", "structure", "Dice", "aim", "HD95 (mm)", "volume bias"),
-        ("---",) * 7,
+        ("scans", "target", "structure", "Dice", "aim", "seen", "Dice of those")
+        + ("HD95 (mm)", "volume bias"),
+        ("---",) * 9,
     ]
     shown = figures[figures["structure"] != "all"]
     for (profile, target, structure), group in shown.groupby(
@@ -206,6 +210,8 @@ def table(figures: pd.DataFrame) -> str:
                 str(structure).replace("_", " "),
                 f"{found.loc['dice', 'value']:.3f}",
                 f"{found.loc['dice', 'bar']:.2f}",
+                f"{found.loc['share_seen', 'value']:.0%}",
+                f"{found.loc['dice_seen', 'value']:.3f}",
                 f"{found.loc['hd95', 'value']:.2f}",
                 f"{found.loc['volume_bias', 'value']:+.1%}",
             )
