@@ -50,6 +50,7 @@ from fdl_bidsapp.imaging.confidence import (
     fit_weights,
 )
 from fdl_bidsapp.models.bundle import load_bundle, save_bundle
+from fdl_bidsapp.settings import BEST
 from fdl_bidsapp.simulation.parameters import Value, effects, generator, understood
 
 TEMPLATE = "template"
@@ -383,7 +384,7 @@ def check(options: argparse.Namespace) -> None:
     shown = table[(table["target"] == "all") | (table["structure"] == "all")]
     shown = shown.drop(columns=["model_sha256", "command", "machine", "versions"])
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    shown = cases[cases["group"].isin(["ordinary", "full", "effects"])]
+    shown = cases[cases["group"].isin(["ordinary", "full", "effects"]) & (cases["target"] != BEST)]
     draw_reliability(shown, bundle.spec.calibration.threshold, options.figure)
     print(f"{path}\n{options.figure}")
 
@@ -406,7 +407,8 @@ def flag_rates(cases: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for group, part in pd.concat([main, cases]).groupby("group", sort=False):
         for target in ("all", *part["target"].unique()):
-            some = part if target == "all" else part[part["target"] == target]
+            # The best contrast of a scan is one of the others once more.
+            some = part[part["target"] != BEST if target == "all" else part["target"] == target]
             for structure in ("all", *some["structure"].unique()):
                 chosen = some if structure == "all" else some[some["structure"] == structure]
                 rows.append({"group": group, "target": target, "structure": structure}

@@ -194,8 +194,10 @@ def tuned() -> str:
 def table(figures: pd.DataFrame) -> str:
     """Set the figures out, one line for each structure and target."""
     rows = [
-        ("scans", "target", "structure", "Dice", "aim", "seen", "Dice of those")
-        + ("HD95 (mm)", "volume bias"),
+        (
+            *("scans", "target", "structure", "Dice", "aim", "seen", "Dice of those"),
+            *("HD95 (mm)", "volume bias"),
+        ),
         ("---",) * 9,
     ]
     shown = figures[figures["structure"] != "all"]
