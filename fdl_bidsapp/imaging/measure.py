@@ -38,6 +38,9 @@ PLAUSIBLE_VOLUME_MM3 = {
 GUESS_BELOW = 0.3
 """Expected Dice below which what was found is a guess, and not kept."""
 
+GUESS_ALONE_BELOW = 0.5
+"""The same where nothing else of the scan was found: nuclei come together."""
+
 PLACES_MM = {
     "red_nucleus": (5.0, 0.0, 0.0),
     "substantia_nigra": (10.0, 2.0, -3.0),
@@ -293,14 +296,23 @@ def guesses(
     {abbreviation: reason}
         ``implausible_position`` where more than half of the structures agree on where the head
         is and this one is more than :data:`STRAY_MM` away from its place in it;
-        ``low_confidence`` where its expected Dice is below :data:`GUESS_BELOW`.
+        ``low_confidence`` where its expected Dice is below :data:`GUESS_BELOW`, or below
+        :data:`GUESS_ALONE_BELOW` and it is the only one of several that is left.
     """
     found = dict.fromkeys(_strays(label_map, labels, affine), "implausible_position")
     there = set(np.unique(label_map).tolist())
-    for label in labels:
-        expected = confidence[label.abbreviation]
-        if label.index in there and expected is not None and expected < GUESS_BELOW:
-            found.setdefault(label.abbreviation, "low_confidence")
+
+    def drop(below: float) -> list[str]:
+        left = [each.abbreviation for each in labels if each.index in there]
+        left = [name for name in left if name not in found]
+        for name in left:
+            expected = confidence[name]
+            if expected is not None and expected < below:
+                found[name] = "low_confidence"
+        return [name for name in left if name not in found]
+
+    if len(drop(GUESS_BELOW)) == 1 < len(labels):
+        drop(GUESS_ALONE_BELOW)
     return found
 
 

@@ -327,6 +327,19 @@ def test_a_low_expected_dice_is_a_guess():
         assert guesses(cleaned, LABELS, AFFINE, told) == expected
 
 
+@pytest.mark.parametrize(
+    ("beside", "expected", "kept"), [(None, 0.4, False), (None, 0.6, True), (0.4, 0.4, True)]
+)
+def test_the_only_structure_that_is_found_has_to_be_surer(beside, expected, kept):
+    cleaned, _ = largest_components(label_map(scene(), LABELS), LABELS)
+    first, second, *others = (label.abbreviation for label in LABELS)
+    told = {first: expected, second: beside, **dict.fromkeys(others)}
+    for label in LABELS:
+        if told[label.abbreviation] is None:
+            cleaned[cleaned == label.index] = 0
+    assert guesses(cleaned, LABELS, AFFINE, told) == ({} if kept else {first: "low_confidence"})
+
+
 def test_what_was_not_kept_is_empty_with_the_reason():
     probabilities = scene()
     cleaned, components = largest_components(label_map(probabilities, LABELS), LABELS)
