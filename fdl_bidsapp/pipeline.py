@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -516,8 +516,8 @@ def _segment_located(
     """Look at one window around each region that the model's locator finds.
 
     All contrasts of the scan together say where a region is: they see the same head. Where that
-    does not lead to all of it, one of them may, or the structures of another region, whose place in
-    a head is known.
+    does not lead to all of it, the structures of another region may, whose place in a head is
+    known.
     """
     spec = bundle.spec
     grid = Grid(spec.grid_shape, spec.grid_spacing)
@@ -527,16 +527,8 @@ def _segment_located(
     locator = network.locator
     assert locator is not None
     assert spec.locator is not None
-    known = [name for name in images if name in spec.locator.contrasts]
-
-    @cache
-    def located(*contrasts: str) -> list[list[Array]]:
-        chosen = {name: images[name] for name in contrasts}
-        return _located(chosen, affine, spec, locator, device)
-
-    def alone(region: int) -> Iterator[Array]:
-        for name in known if len(known) > 1 else []:
-            yield from located(name)[region]
+    known = {name: image for name, image in images.items() if name in spec.locator.contrasts}
+    places = _located(known, affine, spec, locator, device)
 
     def settled(look: Callable[[Corner], Look], centre: Array) -> Look:
         return _settled(look, window_around(centre, shape, grid), shape, box, grid)
@@ -550,7 +542,7 @@ def _segment_located(
     }
     best: dict[int, Look] = {}
 
-    def foretold(region: int) -> Iterator[Array]:
+    def foretold(region: int) -> Array | None:
         found = [
             (spec.labels[k], centre)
             for other, seen in best.items()
@@ -558,28 +550,26 @@ def _segment_located(
             for k, centre in zip(spec.windows[other], seen.centres, strict=True)
             if centre is not None
         ]
-        place = expected_centre([spec.labels[k] for k in spec.windows[region]], found, affine)
-        if place is not None:
-            yield place
+        return expected_centre([spec.labels[k] for k in spec.windows[region]], found, affine)
 
     for region, look in looks.items():
-        for centre in located(*known)[region]:
+        for centre in places[region]:
             seen = settled(look, centre)
             if region not in best or seen.shown > best[region].shown:
                 best[region] = seen
             if seen.shown == len(spec.windows[region]):
                 break
-    for lead in (alone, foretold):
-        for region, look in looks.items():
-            wanted = len(spec.windows[region])
-            if region in best and best[region].shown == wanted:
-                continue
-            for centre in lead(region):
-                seen = settled(look, centre)
-                # Where not all point to, less than everything would be a guess.
-                if seen.shown == wanted:
-                    best[region] = seen
-                    break
+    for region, look in looks.items():
+        wanted = len(spec.windows[region])
+        if region in best and best[region].shown == wanted:
+            continue
+        place = foretold(region)
+        if place is None:
+            continue
+        seen = settled(look, place)
+        # Where the images do not point to, less than everything would be a guess.
+        if seen.shown == wanted:
+            best[region] = seen
     pieces = [(seen.probabilities, seen.start) for seen in best.values()]
     if not pieces:
         return np.zeros((len(spec.labels), 1, 1, 1), np.float32), affine

@@ -245,7 +245,7 @@ def located(monkeypatch, blob_model):
         canvas: Canvas,
         *centres: tuple[float, float, float] | list | None,
         regions: tuple = (),
-        alone: dict[str, list] | None = None,
+        asked: list[set[str]] | None = None,
     ) -> tuple[int, tuple]:
         from fdl_bidsapp import pipeline
         from fdl_bidsapp.models import inference
@@ -259,11 +259,11 @@ def located(monkeypatch, blob_model):
 
         places = [centre if isinstance(centre, list) else [centre] for centre in centres]
         where = [[np.array(place) for place in each if place is not None] for each in places]
-        nowhere: list[list] = [[] for _ in where]
 
         def places_of(images: Mapping[str, object], *_: object) -> list:
-            together = len(images) == len(canvas.maps)
-            return where if together else (alone or {}).get(*images, nowhere)
+            if asked is not None:
+                asked.append(set(images))
+            return where
 
         monkeypatch.setattr(pipeline, "_located", places_of)
         monkeypatch.setattr(inference, "predict", counted)
@@ -311,29 +311,14 @@ def test_without_the_region_nothing_is_found(located, blobs):
     assert not probabilities.any()
 
 
-@pytest.mark.parametrize(
-    "all_of_them",
-    [None, (52, 15, 16), (34, 15, 16)],
-    ids=["no place", "a wrong one", "one of a part"],
-)
-def test_one_contrast_may_lead_to_what_all_together_do_not(located, blobs, all_of_them):
+def test_all_contrasts_together_lead_to_a_region(located, blobs):
     data = blobs(bright=(5, 16, 16), dark=(16, 16, 16)).data("qsm", (64, 32, 32))
     canvas = canvas_of(data, [], [])
-    canvas.maps["imag"] = data
-    places = {"imag": [[np.array((12, 15, 16))]]}
-    _, found = located(canvas, all_of_them, alone=places)
+    canvas.maps.update(imag=np.ones_like(data), r2star=data)
+    asked: list[set[str]] = []
+    _, found = located(canvas, (12, 15, 16), asked=asked)
+    assert asked == [{"qsm", "imag", "r2star"}]
     assert centres(*found) == [[5, 16, 16], [16, 16, 16]]
-
-
-def test_what_one_contrast_leads_to_has_to_be_all(located, blobs):
-    data = blobs(bright=(10, 16, 16), dark=(52, 16, 16)).data("qsm", (64, 32, 32))
-    canvas = canvas_of(data, [], [])
-    canvas.maps["imag"] = data
-    places = {"imag": [[np.array((48, 15, 16))]]}
-    _, (probabilities, _) = located(canvas, None, alone=places)
-    assert not probabilities.any()
-    _, (probabilities, _) = located(canvas, (14, 15, 16), alone=places)
-    assert [bool((each > 0.5).any()) for each in probabilities] == [True, False]
 
 
 def test_each_region_gives_its_own_structures(located, blobs):
