@@ -39,8 +39,8 @@ What is not found, or is no more than a guess, has an empty mask and a flag.
 
 Mean over both sides and all scans after the whole app, in the scans' own grids; `ordinary` is a
 usual 3 T protocol in an adult, `full` the whole range of the simulator. A structure is `seen` where
-it differs from its surround by two standard deviations of that in the map that is segmented; no
-one could draw much of the others. `the best` is `--target best`, which takes the contrast of which
+it differs from its surround by two standard deviations of that in the map that is segmented; of the
+others little is to be seen there. `the best` is `--target best`, which takes the contrast of which
 the model expects most. Tables with all cases: `benchmarks/results/default_model*.tsv`, made by
 `{command}`.
 
