@@ -56,8 +56,8 @@ STRAY_MM = 30.0
 a right angle, or one that is large, moves it."""
 
 UPRIGHT_MM = 8.0
-"""How far apart structures that stand for a straight head would be. Centres of nuclei are 2 mm off,
-heads are turned by some 10° against the grid: three such axes weigh what that is worth."""
+"""Length of the three axes that speak for a straight head, beside the centres that were found: so
+long that heads turned by some 10°, with centres that are 2 mm off, weigh alike."""
 
 MAPS = {"qsm": ("Magnetic susceptibility", "ppm"), "r2star": ("R2*", "1/s")}
 
