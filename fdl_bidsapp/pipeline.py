@@ -526,9 +526,7 @@ def _segment_located(
     shape, affine, box = canvas_geometry(images[canvas.target], grid)
     locator = network.locator
     assert locator is not None
-    assert spec.locator is not None
-    known = {name: image for name, image in images.items() if name in spec.locator.contrasts}
-    places = _located(known, affine, spec, locator, device)
+    places = _located(images, affine, spec, locator, device)
 
     def settled(look: Callable[[Corner], Look], centre: Array) -> Look:
         return _settled(look, window_around(centre, shape, grid), shape, box, grid)
@@ -648,13 +646,15 @@ def _located(
 
     assert spec.locator is not None
     coarse = Grid(spec.locator.grid_shape, spec.locator.grid_spacing)
+    # The contrasts of a scan are on one grid.
+    coarse_shape, coarse_affine, _ = canvas_geometry(next(iter(images.values())), coarse)
     seen = []
-    for contrast, image in images.items():
-        coarse_shape, coarse_affine, _ = canvas_geometry(image, coarse)
+    for contrast in spec.locator.contrasts:
         # One contrast may be flat and the others good.
         with suppress(ImageError):
-            data = conform(image, coarse_shape, coarse_affine)
-            seen.append(normalise(data, spec.locator.intensity[contrast]))
+            if contrast in images:
+                data = conform(images[contrast], coarse_shape, coarse_affine)
+                seen.append(normalise(data, spec.locator.intensity[contrast]))
     if not seen:
         return [[] for _ in spec.locator.labels]
     to_canvas_voxel = np.linalg.inv(affine) @ coarse_affine
