@@ -231,9 +231,10 @@ def measured(
     for target in spec.contrasts:
         images = ScanImages(target, maps, scan_affine)
         probabilities, affine = segment_canvas(to_canvas(images, spec), bundle, network, place)
-        result = to_native(probabilities, affine, true.shape, scan_affine, spec.labels)
+        result = to_native(probabilities, affine, images, uncalibrated)
         described = describe(
-            result.labels, result.probabilities, spec.labels, scan_affine, result.components
+            *(result.labels, result.probabilities, spec.labels, scan_affine),
+            *(result.components, result.contrasts),
         )
         for label, features in zip(spec.labels, described, strict=True):
             found, there = result.labels == label.index, true == label.index
@@ -270,6 +271,7 @@ def calibrate(cases: pd.DataFrame) -> tuple[Calibration, pd.DataFrame]:
         How well it foretells heads that were left out.
     """
     # What was not found has no features, and no confidence whatever the weights.
+    nothing = cases[cases["features"].isna() & (cases["dice"] == 0)]
     cases = cases[cases["features"].notna() & cases["dice"].notna()].reset_index(drop=True)
     heads = sorted(cases["head"].unique())
     cases["fold"] = [heads.index(head) % min(FOLDS, len(heads)) for head in cases["head"]]
@@ -295,11 +297,14 @@ def calibrate(cases: pd.DataFrame) -> tuple[Calibration, pd.DataFrame]:
                     "r": guess.corr(part["dice"]),
                 }
             )
-    threshold = choose_threshold(foretold.tolist(), cases["dice"].tolist())
-    bad = cases["dice"] < BAD_DICE
+    # A mask that is empty where it should not be is bad, and flagged for that.
+    dice = [*cases["dice"], *nothing["dice"]]
+    foretold = pd.Series([*foretold, *(0.0 for _ in range(len(nothing)))])
+    threshold = choose_threshold(foretold.tolist(), dice)
+    bad = pd.Series(dice) < BAD_DICE
     flagged = foretold < threshold
     print(
-        f"left-out heads: {bad.sum()} of {len(cases)} masks below {BAD_DICE}; flagged "
+        f"left-out heads: {bad.sum()} of {len(dice)} masks below {BAD_DICE}; flagged "
         f"{flagged[bad].mean():.3f} of these and {flagged[~bad].mean():.3f} of the others"
     )
     return Calibration(weights, threshold), pd.DataFrame(rows)

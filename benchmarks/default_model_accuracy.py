@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import platform
 import shutil
 import subprocess
@@ -44,11 +43,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from machine import command_line, machine
-from scipy import ndimage
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.bids.outputs import write_json
 from fdl_bidsapp.imaging.grid import spacing_of
+from fdl_bidsapp.imaging.measure import contrasts
 from fdl_bidsapp.imaging.overlap import dice, hausdorff95
 from fdl_bidsapp.labels import Label, mirrored
 from fdl_bidsapp.models.bundle import Bundle, load_bundle
@@ -84,9 +83,6 @@ MAPS = {
     "swi": "rec-swi_T2starw",
 }
 """How the maps of a scan are named."""
-
-SURROUND_MM = (1.0, 4.0)
-"""How far around a structure its surround reaches."""
 
 SEEN = 2.0
 """A structure is seen that differs from its surround by so many standard deviations of it."""
@@ -353,7 +349,10 @@ def measure_draw(
         for contrast, name in MAPS.items()
     }
     spacing = spacing_of(truth.affine)
-    standing_out = {contrast: contrasts(data, true, spacing) for contrast, data in maps.items()}
+    labels = bundle.spec.labels
+    standing_out = {
+        contrast: contrasts(true, labels, truth.affine, data) for contrast, data in maps.items()
+    }
     rows = []
     for target in targets:
         out = folder / f"out-{target}" / stem
@@ -367,7 +366,7 @@ def measure_draw(
             mine = np.asarray(found.dataobj)
             morph = pd.read_csv(out.with_name(f"{out.name}_morph.tsv"), sep="\t", na_values=["n/a"])
             table = morph.set_index("abbreviation").to_dict("index")
-        for label, other in zip(bundle.spec.labels, mirrored(bundle.spec.labels), strict=True):
+        for label, other in zip(labels, mirrored(labels), strict=True):
             own = table.get(label.abbreviation, {"qc_flag": "failed", "confidence": 0.0})
             segmented = record.get("Target") or target
             rows.append(
@@ -375,37 +374,14 @@ def measure_draw(
                     **{"scan": draw.name, "group": draw.group, "head": draw.head},
                     **{"profile": draw.profile, "target": target},
                     **{"structure": label.structure, "abbreviation": label.abbreviation},
-                    **compare(mine, true, maps["qsm"], label, bundle.spec.labels[other], spacing),
+                    **compare(mine, true, maps["qsm"], label, labels[other], spacing),
                     "segmented": segmented,
-                    "contrast": standing_out.get(segmented, {}).get(label.index),
+                    "contrast": standing_out.get(segmented, {}).get(label.abbreviation),
                     "confidence": None if pd.isna(own["confidence"]) else own["confidence"],
                     "flag": own["qc_flag"],
                 }
             )
     return rows
-
-
-def contrasts(data: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> dict[int, float]:
-    """Tell by how many standard deviations of its surround each structure differs from it.
-
-    The surround is what lies 1 to 4 mm around it and belongs to no other structure.
-    """
-    found: dict[int, float] = {}
-    margin = [math.ceil(SURROUND_MM[1] / size) for size in spacing]
-    for index, box in enumerate(ndimage.find_objects(true.astype(np.int32)), 1):
-        if box is None:
-            continue
-        near = tuple(
-            slice(max(s.start - m, 0), s.stop + m) for s, m in zip(box, margin, strict=True)
-        )
-        inside = true[near] == index
-        distance = ndimage.distance_transform_edt(~inside, spacing)
-        around = (distance > SURROUND_MM[0]) & (distance <= SURROUND_MM[1]) & (true[near] == 0)
-        # Outside its mask, a map has no values.
-        values = data[near][around & (data[near] != 0)]
-        if len(values) > 1 and values.std() > 0:
-            found[index] = float(abs(data[near][inside].mean() - values.mean()) / values.std())
-    return found
 
 
 def compare(

@@ -70,7 +70,7 @@ def bare_steps(bids: Path, out: Path, model: str) -> dict[str, float]:
     marks.append(time.perf_counter())
     probabilities, affine = segment_canvas(canvas, bundle, network, device)
     marks.append(time.perf_counter())
-    segmentation = to_native(probabilities, affine, SHAPE, images.affine, spec.labels)
+    segmentation = to_native(probabilities, affine, images, spec)
     marks.append(time.perf_counter())
     provenance = Provenance(spec.name, bundle.sha256, "")
     write_scan(out, scan, images, segmentation, spec.labels, provenance)

@@ -55,8 +55,7 @@ def bare_loop(bids: Path, out: Path, model: str, device: str) -> None:
         probabilities, affine = segment_canvas(
             to_canvas(images, spec), bundle, network, torch.device(device)
         )
-        shape = images.maps[images.target].shape
-        native = to_native(probabilities, affine, shape, images.affine, spec.labels)
+        native = to_native(probabilities, affine, images, spec)
         write_scan(out, scan, images, native, spec.labels, provenance)
 
 

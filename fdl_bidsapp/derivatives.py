@@ -200,6 +200,7 @@ def _write_scan(
         {name: images.maps[name] for name in ("qsm", "r2star") if name in images.maps},
         components=segmentation.components,
         guessed=segmentation.guessed,
+        contrasts=segmentation.contrasts,
         confidence=segmentation.confidence,
         threshold=0.0 if calibration is None else calibration.threshold,
     )

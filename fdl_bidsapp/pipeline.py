@@ -42,6 +42,7 @@ from fdl_bidsapp.imaging.grid import (
 from fdl_bidsapp.imaging.intensity import ROBUST_PERCENTILES, check_units, normalise
 from fdl_bidsapp.imaging.measure import (
     confidences,
+    contrasts,
     expected_centre,
     guesses,
     label_map,
@@ -130,6 +131,8 @@ class Segmentation:
     probabilities : (K, X, Y, Z) float32 array
     components
         For each abbreviation: components found, voxels dropped with all but the largest.
+    contrasts
+        For each abbreviation, by how many standard deviations of its surround it differs from it.
     confidence
         For each abbreviation, the Dice to be expected; ``None`` without a calibration for it.
     guessed
@@ -139,6 +142,7 @@ class Segmentation:
     labels: Array
     probabilities: Array
     components: dict[str, tuple[int, int]] = field(default_factory=dict)
+    contrasts: dict[str, float | None] = field(default_factory=dict)
     confidence: dict[str, float | None] = field(default_factory=dict)
     guessed: dict[str, str] = field(default_factory=dict)
 
@@ -464,10 +468,10 @@ def segment_surest(
     for target in TARGET_ORDER:
         if target not in images.maps or target not in spec.contrasts or target not in known:
             continue
-        canvas = to_canvas(replace(images, target=target), spec)
+        own = replace(images, target=target)
+        canvas = to_canvas(own, spec)
         probabilities, affine = segment_canvas(canvas, bundle, network, device, flips=flips)
-        shape = images.maps[target].shape
-        found = to_native(probabilities, affine, shape, images.affine, spec, target)
+        found = to_native(probabilities, affine, own, spec)
         dice = [value for value in found.confidence.values() if value is not None]
         surest = max(expected.values(), default=-1.0)
         expected[target] = float(np.mean(dice)) if dice else 0.0
@@ -679,12 +683,7 @@ def _joined(pieces: Sequence[tuple[Array, Corner]]) -> tuple[Array, Corner]:
 
 
 def to_native(
-    probabilities: Array,
-    affine: Array,
-    shape: Sequence[int],
-    native_affine: Array,
-    spec: ModelSpec,
-    target: str,
+    probabilities: Array, affine: Array, images: ScanImages, spec: ModelSpec
 ) -> Segmentation:
     """Bring probabilities to the scan's own grid, and label it there.
 
@@ -695,14 +694,14 @@ def to_native(
     ----------
     probabilities, affine
         From :func:`segment_canvas`.
-    shape, native_affine
-        The scan's grid.
+    images
+        The scan, with the contrast that was segmented as its target.
     spec
         Of the network: its structures, in the order of the probabilities, and its calibration.
-    target
-        The contrast that was segmented.
     """
     labels = spec.labels
+    target, native_affine = images.maps[images.target], images.affine
+    shape = target.shape
     native = restore(probabilities, affine, shape, native_affine)
     mapped = np.zeros(native.shape[1:], np.uint8)
     # A small part of the scan, as a rule.
@@ -716,14 +715,16 @@ def to_native(
             voxels.append(float(restore(mask, affine, shape, native_affine).sum()))
         mapped[box] = label_map(native[(slice(None), *box)], labels, voxels)
     cleaned, components = largest_components(mapped, labels)
+    contrast = contrasts(cleaned, labels, native_affine, target)
     confidence = confidences(
-        cleaned, native, labels, native_affine, components, target, spec.calibration
+        *(cleaned, native, labels, native_affine, components, contrast),
+        *(images.target, spec.calibration),
     )
     guessed = guesses(cleaned, labels, native_affine, confidence)
     for label in labels:
         if label.abbreviation in guessed:
             cleaned[cleaned == label.index] = 0
-    return Segmentation(cleaned, native, components, confidence, guessed)
+    return Segmentation(cleaned, native, components, contrast, confidence, guessed)
 
 
 def to_standard(

@@ -324,14 +324,7 @@ def _segment(options: argparse.Namespace) -> int:
             probabilities, affine = segment_canvas(
                 to_canvas(images, bundle.spec), bundle, network, device, flips=options.flips
             )
-            result = to_native(
-                probabilities,
-                affine,
-                images.maps[images.target].shape,
-                images.affine,
-                bundle.spec,
-                images.target,
-            )
+            result = to_native(probabilities, affine, images, bundle.spec)
             name = path.name if path.name.endswith((".nii", ".nii.gz")) else f"{path.name}.nii.gz"
             write_image(options.output / name, scanner_image(result.labels, images.affine))
         except FdlError as error:

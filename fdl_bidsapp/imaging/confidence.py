@@ -38,6 +38,7 @@ SIGNS = {
     "log_volume_squared": -1,
     "asymmetry": -1,
     "others": 1,
+    "log_contrast": 1,
     "log_voxel": -1,
 }
 """The features, and the sign of the weight of each; 0 for any.
@@ -54,13 +55,19 @@ SIGNS = {
     Absolute difference from the ``log_volume`` of the other side, where there is another side.
 ``others``
     Median ``soft_dice`` of the other structures of the scan.
+``log_contrast``
+    Natural logarithm of what :func:`~fdl_bidsapp.imaging.measure.contrasts` tells: by how many
+    standard deviations of its surround the structure differs from it. A network may be sure of
+    where a nucleus has to be though nothing is to be seen there.
 ``log_voxel``
     Natural logarithm of the longest side of a voxel over 1 mm.
 """
 
 LARGEST_WEIGHT = 1e4
 _SURE, _LOPSIDED = 0.995, 2.0
-"""Ends of what is told apart: shares above, and log ratios of volumes above, count as these."""
+_FAINT, _PLAIN = 0.05, 20.0
+"""Ends of what is told apart: shares above, and log ratios of volumes above, count as these; so do
+contrasts below and above."""
 
 RIDGE = 0.05
 """Penalty on squared weights of standardised features, beside the deviance summed over cases."""
@@ -163,6 +170,7 @@ def describe(
     labels: Sequence[Label],
     affine: NDArray[np.float64],
     components: Mapping[str, tuple[int, int]],
+    contrasts: Mapping[str, float | None],
 ) -> list[Features | None]:
     """Describe each structure by what foretells its Dice; see :data:`SIGNS`.
 
@@ -177,6 +185,8 @@ def describe(
         Voxel to scanner, in mm.
     components
         What ``largest_components`` reported.
+    contrasts
+        From :func:`~fdl_bidsapp.imaging.measure.contrasts`.
 
     Returns
     -------
@@ -203,6 +213,8 @@ def describe(
         own["asymmetry"] = min(abs(math.log(volume / other)), _LOPSIDED) if other else _LOPSIDED
         rest = certainty[:i] + certainty[i + 1 :]
         own["others"] = median(rest) if rest else own["soft_dice"]
+        contrast = contrasts[labels[i].abbreviation] or 0.0
+        own["log_contrast"] = math.log(min(max(contrast, _FAINT), _PLAIN))
         own["log_voxel"] = math.log(spacing.max())
         described.append(own)
     return described

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,10 @@ Row = dict[str, float | int | str | None]
 
 NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 """26-connectivity: voxels that share a corner belong together."""
+
+SURROUND_MM = (1.0, 4.0)
+"""Between which distances from a structure its surround lies: clear of the partial volume at its
+border, and near enough to be the same tissue."""
 
 SOFT_REACH = 3
 """Voxels around a structure within which its probability counts to the soft volume."""
@@ -107,6 +111,11 @@ def _columns() -> dict[str, dict[str, Any]]:
     }
     columns["qc_mean_probability"] = {
         "Description": "Mean of the structure's probability over its voxels"
+    }
+    columns["qc_contrast"] = {
+        "Description": "By how many standard deviations of its surround (what lies {:g} to {:g} mm "
+        "around it) the structure's mean differs from that of the surround, in the contrast that "
+        "was segmented; below 1, there is little to see of it".format(*SURROUND_MM)
     }
     columns["qc_touches_fov"] = {
         "Description": "Whether the structure touches the end of the field of view",
@@ -247,12 +256,68 @@ def largest_components(
     return cleaned, dropped
 
 
+def contrasts(
+    label_map: NDArray[np.uint8],
+    labels: Sequence[Label],
+    affine: NDArray[np.float64],
+    image: NDArray[np.float32],
+) -> dict[str, float | None]:
+    """Tell by how many standard deviations of its surround each structure differs from it.
+
+    The surround is what lies within :data:`SURROUND_MM` of it and belongs to no structure.
+
+    Parameters
+    ----------
+    label_map, labels, affine
+        As for :func:`measure`.
+    image : (X, Y, Z) array
+        The contrast that was segmented; where it is exactly 0 it was masked, and says nothing.
+
+    Returns
+    -------
+    {abbreviation: contrast}
+        0 or more; ``None`` where there is no structure, no surround, or no spread in it.
+
+    Examples
+    --------
+    >>> from fdl_bidsapp.labels import nuclei
+    >>> image = np.tile(np.float32([1, 3]), (20, 20, 10))
+    >>> labelled = np.zeros((20, 20, 20), np.uint8)
+    >>> labelled[8:12, 8:12, 8:12] = 1
+    >>> image[labelled == 1] = 7
+    >>> contrasts(labelled, nuclei()[:2], np.eye(4), image)
+    {'RNL': 5.0, 'RNR': None}
+    """
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    margins = np.ceil(SURROUND_MM[1] / spacing).astype(int)
+    boxes = ndimage.find_objects(label_map)
+    found: dict[str, float | None] = {}
+    for label in labels:
+        box = boxes[label.index - 1] if label.index <= len(boxes) else None
+        found[label.abbreviation] = None
+        if box is None:
+            continue
+        near = _widened(box, label_map.shape, margins)
+        inside = label_map[near] == label.index
+        distance = ndimage.distance_transform_edt(~inside, spacing)
+        around = (distance > SURROUND_MM[0]) & (distance <= SURROUND_MM[1]) & (label_map[near] == 0)
+        own, other = (
+            values[np.isfinite(values) & (values != 0)].astype(np.float64)
+            for values in (image[near][inside], image[near][around])
+        )
+        spread = float(other.std()) if other.size else 0.0
+        if own.size and spread > 0:
+            found[label.abbreviation] = float(abs(own.mean() - other.mean()) / spread)
+    return found
+
+
 def confidences(
     label_map: NDArray[np.uint8],
     probabilities: NDArray[np.float32],
     labels: Sequence[Label],
     affine: NDArray[np.float64],
     components: Mapping[str, tuple[int, int]],
+    contrasts: Mapping[str, float | None],
     target: str,
     calibration: Calibration | None,
 ) -> dict[str, float | None]:
@@ -260,7 +325,7 @@ def confidences(
 
     Parameters
     ----------
-    label_map, probabilities, labels, affine, components
+    label_map, probabilities, labels, affine, components, contrasts
         As for :func:`measure`.
     target
         The contrast that was segmented.
@@ -269,7 +334,7 @@ def confidences(
     """
     if calibration is None:
         return {label.abbreviation: None for label in labels}
-    described = describe(label_map, probabilities, labels, affine, components)
+    described = describe(label_map, probabilities, labels, affine, components, contrasts)
     return {
         label.abbreviation: calibration.expected_dice(target, label.structure, features)
         for label, features in zip(labels, described, strict=True)
@@ -404,6 +469,7 @@ def measure(
     *,
     components: Mapping[str, tuple[int, int]] | None = None,
     guessed: Mapping[str, str] | None = None,
+    contrasts: Mapping[str, float | None] | None = None,
     field_of_view: NDArray[np.bool_] | None = None,
     confidence: Mapping[str, float | None] | None = None,
     threshold: float = 0.0,
@@ -425,6 +491,8 @@ def measure(
         What `largest_components` reported; without it, the label map is taken to be unclean still.
     guessed
         What `guesses` found and was taken out of the label map.
+    contrasts
+        What `contrasts` told.
     field_of_view : (X, Y, Z) bool array
         Where there is data; without it, the whole array.
     confidence
@@ -441,12 +509,12 @@ def measure(
     if components is None:
         _, components = largest_components(label_map, labels)
     voxel_volume = float(abs(np.linalg.det(affine[:3, :3])))
-    guessed, confidence = guessed or {}, confidence or {}
+    guessed, confidence, contrasts = guessed or {}, confidence or {}, contrasts or {}
     boxes = ndimage.find_objects(label_map)
     rows = []
     for label, probability in zip(labels, probabilities, strict=True):
         found = boxes[label.index - 1] if label.index <= len(boxes) else None
-        box = _widened(found or (slice(0, 0),) * 3, label_map.shape, SOFT_REACH)
+        box = _widened(found or (slice(0, 0),) * 3, label_map.shape, (SOFT_REACH,) * 3)
         mask = label_map[box] == label.index
         n_voxels = int(np.count_nonzero(mask))
         near = ndimage.binary_dilation(mask, iterations=SOFT_REACH) if n_voxels else mask
@@ -473,16 +541,17 @@ def measure(
         row["qc_mean_probability"] = (
             float(probability[box][mask].mean(dtype=np.float64)) if n_voxels else None
         )
+        row["qc_contrast"] = contrasts.get(label.abbreviation) if n_voxels else None
         row["qc_touches_fov"] = int(_touches_end(mask, box, label_map.shape, field_of_view))
         row["qc_flag"] = ";".join(_reasons(row, lost, threshold, guessed)) or "ok"
         rows.append(row)
     return rows
 
 
-def _widened(box: Sequence[slice], shape: Sequence[int], by: int) -> tuple[slice, ...]:
+def _widened(box: Sequence[slice], shape: Sequence[int], by: Iterable[int]) -> tuple[slice, ...]:
     return tuple(
-        slice(max(side.start - by, 0), min(side.stop + by, length))
-        for side, length in zip(box, shape, strict=True)
+        slice(max(side.start - margin, 0), min(side.stop + margin, length))
+        for side, length, margin in zip(box, shape, by, strict=True)
     )
 
 

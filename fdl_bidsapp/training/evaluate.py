@@ -112,9 +112,7 @@ def evaluate(
         probabilities, affine = segment_canvas(
             to_canvas(images, bundle.spec), bundle, network, where, flips=flips
         )
-        found = to_native(
-            probabilities, affine, labels.shape, images.affine, bundle.spec, images.target
-        ).labels
+        found = to_native(probabilities, affine, images, bundle.spec).labels
         spacing = spacing_of(images.affine)
         scored = [
             (label.abbreviation, found == label.index, labels == index)

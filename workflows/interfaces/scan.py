@@ -210,16 +210,8 @@ class DeliverScan(SimpleInterface):
         images = load_images(self.inputs.images)
         notes = (*images.notes, *self.inputs.notes)
         images = replace(images, target=self.inputs.target, notes=notes)
-        target = images.maps[images.target]
         with np.load(self.inputs.probabilities, allow_pickle=False) as file:
-            segmentation = to_native(
-                file["probabilities"],
-                file["affine"],
-                target.shape,
-                images.affine,
-                spec,
-                images.target,
-            )
+            segmentation = to_native(file["probabilities"], file["affine"], images, spec)
         standard = None
         if self.inputs.space:
             standard = to_standard(
