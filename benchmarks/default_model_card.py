@@ -46,6 +46,10 @@ the model expects most. Tables with all cases: `benchmarks/results/default_model
 
 {elsewhere}
 
+**What harms it.** {robust}
+
+**Whether it knows.** {trusted}
+
 **What it was trained on.** Simulation alone: {data}, seed {seed}. {steps} steps over
 {windows} windows, {steps_of_locator} steps of the locator: {trained_on}. The label maps are
 `sub-01` to `sub-16` of a set of twenty whole-head label maps, the training label maps of SynthSeg
@@ -82,17 +86,23 @@ WORDS = {"qsm": "QSM", "r2star": "R2*", "imag": "iMag", "swi": "SWI", "best": "t
 def main() -> None:
     """Write the card beside the weights."""
     bundle = load_bundle("default")
-    figures = pd.read_csv(RESULTS / "default_model.tsv", sep="\t", na_values=["n/a"])
-    measured = set(figures["model_sha256"])
-    if measured != {bundle.sha256[:12]}:
-        raise SystemExit(f"the tables are of {', '.join(measured)}, the weights {bundle.sha256}")
     path = bundle.path.with_suffix(".md")
-    path.write_text(card(bundle, figures), encoding="utf-8")
+    path.write_text(card(bundle), encoding="utf-8")
     print(path)
 
 
-def card(bundle: Bundle, figures: pd.DataFrame) -> str:
+def measured(name: str, bundle: Bundle) -> pd.DataFrame:
+    """Read a table of results, which has to be of these weights."""
+    path = RESULTS / f"{name}.tsv"
+    found = pd.read_csv(path, sep="\t", na_values=["n/a"])
+    if set(found["model_sha256"]) != {bundle.sha256[:12]}:
+        raise SystemExit(f"{path} is of {', '.join(set(found['model_sha256']))}: measure it again")
+    return found
+
+
+def card(bundle: Bundle) -> str:
     """Return the text of the card."""
+    figures = measured("default_model", bundle)
     spec = bundle.spec
     about: Mapping[str, Any] = spec.provenance
     assert isinstance(spec.locator, ModelSpec)
@@ -105,11 +115,13 @@ def card(bundle: Bundle, figures: pd.DataFrame) -> str:
         spacing=f"{spec.grid_spacing[0]:g}",
         coarse=f"{spec.locator.grid_spacing[0]:g}",
         oblique=OBLIQUE_DEGREES,
-        state=state(figures, spec.calibration),
+        state=state(figures, measured("default_model_absent", bundle), spec.calibration),
         table=table(figures),
         command=figures["command"].iloc[0],
         elsewhere=elsewhere(bundle),
-        tuned=tuned(),
+        robust=robust(measured("default_model_effects", bundle)),
+        trusted=trusted(measured("default_model_flags", bundle)),
+        tuned=tuned(measured("finetune", bundle)),
         **{
             key: about[key]
             for key in ("data", "seed", "steps", "windows", "steps_of_locator", "trained_on")
@@ -117,7 +129,7 @@ def card(bundle: Bundle, figures: pd.DataFrame) -> str:
     )
 
 
-def state(figures: pd.DataFrame, calibration: Calibration | None) -> str:
+def state(figures: pd.DataFrame, absent: pd.DataFrame, calibration: Calibration | None) -> str:
     """Say how many of the aims are met, and which are not."""
     judged = figures[figures["met"].isin(["met", "missed"]) & (figures["measure"] == "dice")]
     words = {"ordinary": "in ordinary scans", "full": "over the whole range of the simulator"}
@@ -135,24 +147,18 @@ def state(figures: pd.DataFrame, calibration: Calibration | None) -> str:
     text = f"The aim for the Dice is met by {' and '.join(parts)}"
     swapped = figures.loc[figures["measure"] == "swapped", "value"].sum()
     text += f". Left and right were exchanged {int(swapped)} times."
-    path = RESULTS / "default_model_absent.tsv"
-    if path.exists():
-        absent = pd.read_csv(path, sep="\t")
-        masks, empty, flagged = (int(absent[name].sum()) for name in ("masks", "empty", "flagged"))
-        text += (
-            f" Of {masks} structures outside the field of view {empty} were left empty and"
-            f" {flagged} flagged."
-        )
+    masks, empty, flagged = (int(absent[name].sum()) for name in ("masks", "empty", "flagged"))
+    text += (
+        f" Of {masks} structures outside the field of view {empty} were left empty and"
+        f" {flagged} flagged."
+    )
     calibrated = "is calibrated" if calibration else "is not calibrated: its results have no value"
     return f"{text} The confidence {calibrated}."
 
 
 def elsewhere(bundle: Bundle) -> str:
     """Say how well the heads of the demonstration are segmented, which hold other shapes."""
-    path = RESULTS / "template_accuracy.tsv"
-    found = pd.read_csv(path, sep="\t")
-    if set(found["model_sha256"]) != {bundle.sha256[:12]}:
-        raise SystemExit(f"{path} is of {', '.join(set(found['model_sha256']))}: measure it again")
+    found = measured("template_accuracy", bundle)
     structures = {label.abbreviation: label.structure for label in bundle.spec.labels}
     found["structure"] = found["structure"].map(structures)
     sentences = []
@@ -160,19 +166,62 @@ def elsewhere(bundle: Bundle) -> str:
         means = rows.groupby("structure", sort=False)["dice_mean"].mean()
         told = ", ".join(f"{name.replace('_', ' ')} {mean:.2f}" for name, mean in means.items())
         sentences.append(f"{WORDS[str(target)]}: {told}.")
-    return fill(
+    return paragraph(
         f"Dice on {found['scans'].iloc[0]} scans of other heads like the demonstration's, whose"
         f" nuclei are ellipsoids that may touch (`{found['command'].iloc[0]}`). "
-        + " ".join(sentences),
-        100,
-        break_long_words=False,
-        break_on_hyphens=False,
+        + " ".join(sentences)
     )
 
 
-def tuned() -> str:
+HARM, NAMED = 0.05, 6
+"""Loss of Dice from which an effect is named, and how many of them are."""
+
+
+def robust(effects: pd.DataFrame) -> str:
+    """Say what single effects of the simulator do to the Dice."""
+    steps = ["off", "mild", "middle", "harsh"]
+    means = effects.groupby(["target", "effect"], sort=False)[steps].mean()
+    sentences = []
+    for target, rows in means.groupby("target", sort=False):
+        lost = (rows["off"] - rows["harsh"]).droplevel("target").sort_values(ascending=False)
+        named = [
+            f"{effect} ({rows.loc[(target, effect), 'off']:.2f} to"
+            f" {rows.loc[(target, effect), 'harsh']:.2f})"
+            for effect in lost.index[lost > HARM][:NAMED]
+        ]
+        count = int((lost > HARM).sum())
+        what = f"most by {', '.join(named)}" if named else "none"
+        sentences.append(f"{WORDS[str(target)]}, {count} of {len(lost)}, {what}.")
+    cliffs = effects.loc[effects["cliff"] == "yes", "effect"]
+    return paragraph(
+        f"Each effect of the simulator was set to its mild, middle and harsh end in the same"
+        f" {effects['scans_each'].max()} ordinary scan(s) of a head. At the harsh end the mean Dice"
+        f" over the structures falls by more than {HARM:g} with: {' '.join(sentences)} Before"
+        f" the harsh end it falls by more than 0.1 from one step to the next in {len(cliffs)} of"
+        f" {len(effects)} rows of target and structure ({', '.join(sorted(set(cliffs)))}):"
+        " `benchmarks/results/default_model_effects.tsv`, docs/robustness.md."
+    )
+
+
+def trusted(flags: pd.DataFrame) -> str:
+    """Say how well bad masks are flagged."""
+    row = flags[
+        (flags["group"] == "ordinary and full")
+        & (flags["target"] == "all")
+        & (flags["structure"] == "all")
+        & (flags["unit"] == "mask")
+    ].iloc[0]
+    return paragraph(
+        f"Of the masks with a Dice below 0.7 {row['caught']:.0%} were flagged, and"
+        f" {row['wrongly_flagged']:.0%} of the others (aims: 90 and 10 %; {row['n_bad']:.0f} and"
+        f" {row['n'] - row['n_bad']:.0f} masks in all targets; the expected Dice is off by"
+        f" {row['absolute_error']:.2f} on average): `benchmarks/results/default_model_flags.tsv`,"
+        " docs/confidence.md."
+    )
+
+
+def tuned(found: pd.DataFrame) -> str:
     """Say what a few labels of another site bring."""
-    found = pd.read_csv(RESULTS / "finetune.tsv", sep="\t")
     found = found[(found["structure"] == MEAN) & (found["metric"] == "dice")]
     sentences = []
     for site, rows in found.groupby("site", sort=False):
@@ -181,14 +230,16 @@ def tuned() -> str:
             f"{before['mean']:.3f} to {after['mean']:.3f}, by {gain['mean']:+.3f}"
             f" [{gain['lower']:+.3f}, {gain['upper']:+.3f}] ({site})"
         )
-    return fill(
+    return paragraph(
         "With four labelled scans of another simulated site, whose rater draws wider borders, the"
         f" mean Dice on {found['n_cases'].iloc[0]} other scans of that site went from"
-        f" {'; '.join(sentences)} (`benchmarks/finetune.py`).",
-        100,
-        break_long_words=False,
-        break_on_hyphens=False,
+        f" {'; '.join(sentences)} (`benchmarks/finetune.py`)."
     )
+
+
+def paragraph(text: str) -> str:
+    """Break a text into lines."""
+    return fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def table(figures: pd.DataFrame) -> str:

@@ -58,9 +58,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=91_000)
     options = parser.parse_args()
     rows = [{"site": site, **row} for site in options.sites for row in measured(site, options)]
-    made = made_by(
-        command_line("benchmarks/finetune.py", WORK=options.work, LABELS=options.labels_dir)
-    )
+    made = {
+        "model_sha256": load_bundle(options.model).sha256[:12],
+        **made_by(
+            command_line("benchmarks/finetune.py", WORK=options.work, LABELS=options.labels_dir)
+        ),
+    }
     columns = (
         "site", "model", "structure", "metric", "n_cases", "n_participants", "mean", "lower",
         "upper",

@@ -420,7 +420,8 @@ def test_labels_of_coinciding_grids_are_the_most_probable_structures():
     probabilities[1, 5:8, 2:5, 2:5] = 0.6
     probabilities[1, 0, 8, 9] = 0.7
     spec = ModelSpec("two", labels=by_abbreviation(["RNR", "DNL"]))
-    result = to_native(probabilities, np.eye(4), (8, 9, 10), np.eye(4), spec, "qsm")
+    images = ScanImages("qsm", {"qsm": np.ones((8, 9, 10), "f4")}, np.eye(4))
+    result = to_native(probabilities, np.eye(4), images, spec)
     assert set(np.unique(result.labels)) == {0, 2, 3}
     assert (result.labels == 2).sum() == 27
     assert (result.labels == 3).sum() == 27
@@ -439,11 +440,28 @@ def test_a_guess_is_left_out_and_said():
     )
     labels = by_abbreviation(["RNR", "DNL"])
     spec = ModelSpec("two", labels=labels, calibration=calibration)
-    result = to_native(probabilities, np.eye(4), (20, 9, 10), np.eye(4), spec, "qsm")
+    maps = dict.fromkeys(("qsm", "swi"), np.ones((20, 9, 10), "f4"))
+    result = to_native(probabilities, np.eye(4), ScanImages("qsm", maps, np.eye(4)), spec)
     assert set(np.unique(result.labels)) == {0, 2}
     assert result.guessed == {"DNL": "low_confidence"}
-    other = to_native(probabilities, np.eye(4), (20, 9, 10), np.eye(4), spec, "swi")
+    other = to_native(probabilities, np.eye(4), ScanImages("swi", maps, np.eye(4)), spec)
     assert set(np.unique(other.labels)) == {0, 2, 3}, "no calibration, no guess"
+
+
+def test_what_stands_out_in_the_contrast_that_was_segmented_is_surer():
+    probabilities = np.zeros((1, 16, 16, 16), np.float32)
+    probabilities[0, 6:10, 6:10, 6:10] = 0.9
+    noise = np.random.default_rng(0).normal(5, 1, (16, 16, 16)).astype("f4")
+    maps = {"qsm": noise, "r2star": noise + 4 * (probabilities[0] > 0)}
+    weights = {INTERCEPT: 0.0, **dict.fromkeys(SIGNS, 0.0), "log_contrast": 1.0}
+    known = {target: {"red_nucleus": weights} for target in maps}
+    spec = ModelSpec("one", labels=by_abbreviation(["RNL"]), calibration=Calibration(known, 0.7))
+    faint, plain = (
+        to_native(probabilities, np.eye(4), ScanImages(target, maps, np.eye(4)), spec)
+        for target in maps
+    )
+    assert faint.contrasts["RNL"] < 0.3 < 3 < plain.contrasts["RNL"]
+    assert faint.confidence["RNL"] < 0.3 < 0.75 < plain.confidence["RNL"]
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.5), (0.6, 0.6, 1.0), (1.2, 1.2, 3.0)])
@@ -461,7 +479,8 @@ def test_a_structure_keeps_its_volume_on_the_scans_grid(spacing):
     native[:3, 3] = (0.3, 0.1, 0.2)
     size = [int(24 / s) for s in spacing]
     spec = ModelSpec("one", labels=by_abbreviation(["RNL"]))
-    result = to_native(probabilities, affine, size, native, spec, "qsm")
+    images = ScanImages("qsm", {"qsm": np.ones(size, "f4")}, native)
+    result = to_native(probabilities, affine, images, spec)
     voxel = float(np.prod(spacing))
     found = np.count_nonzero(result.labels) * voxel
     plain = np.count_nonzero(result.probabilities[0] > 0.5) * voxel

@@ -32,10 +32,13 @@ def scene():
     return probabilities
 
 
-def described(probabilities, affine=None):
+CONTRASTS = {"RNL": 2.0, "RNR": 1.0, "DNL": None}
+
+
+def described(probabilities, affine=None, contrasts=CONTRASTS):
     cleaned, components = largest_components(label_map(probabilities, LABELS), LABELS)
     affine = np.diag([1.0, 1.0, 2.0, 1.0]) if affine is None else affine
-    return describe(cleaned, probabilities, LABELS, affine, components)
+    return describe(cleaned, probabilities, LABELS, affine, components, contrasts)
 
 
 def logit(share):
@@ -54,6 +57,15 @@ def test_a_structure_is_described_by_its_probabilities_volume_and_company():
     assert dentate["asymmetry"] == 0  # the model has no other side
     assert left["others"] == pytest.approx((right["soft_dice"] + dentate["soft_dice"]) / 2)
     assert left["log_voxel"] == pytest.approx(math.log(2))
+    assert left["log_contrast"] == pytest.approx(math.log(2))
+    assert right["log_contrast"] == 0
+
+
+def test_a_contrast_that_is_not_known_counts_as_none_and_an_extreme_one_as_no_more_than_plain():
+    unknown = described(scene())[2]["log_contrast"]
+    nothing, faint, wild = described(scene(), contrasts={"RNL": 0.0, "RNR": 0.2, "DNL": 1e6})
+    assert nothing["log_contrast"] == unknown < faint["log_contrast"]
+    assert wild["log_contrast"] == pytest.approx(math.log(20))
 
 
 def test_probability_beyond_the_mask_lowers_the_soft_dice_but_faint_tails_do_not():
@@ -106,6 +118,7 @@ def cases(n, seed=0):
             "log_volume_squared": volume**2,
             "asymmetry": abs(rng.normal(0, 0.2)),
             "others": soft + rng.normal(0, 0.5),
+            "log_contrast": rng.normal(0.5, 0.5),
             "log_voxel": rng.uniform(0, 1),
         }
         score = -0.2 + 0.8 * soft - 3 * (volume - 5.3) ** 2 - 1.5 * case["asymmetry"]

@@ -10,6 +10,7 @@ from fdl_bidsapp.imaging.measure import (
     COLUMNS,
     PLACES_MM,
     confidences,
+    contrasts,
     expected_centre,
     guesses,
     label_map,
@@ -34,11 +35,13 @@ def scene():
 def rows_of(probabilities, maps=None, target="", calibration=None, **options):
     cleaned, components = largest_components(label_map(probabilities, LABELS), LABELS)
     scan = (cleaned, probabilities, LABELS, AFFINE)
+    plain = dict.fromkeys(("RNL", "DNR"), 3.0)
     rows = measure(
         *scan,
         maps or {},
         components=components,
-        confidence=confidences(*scan, components, target, calibration),
+        contrasts=plain,
+        confidence=confidences(*scan, components, plain, target, calibration),
         threshold=calibration.threshold if calibration else 0.0,
         **options,
     )
@@ -323,7 +326,8 @@ def test_a_low_expected_dice_is_a_guess():
         {"qsm": {"red_nucleus": sure, "dentate_nucleus": {**sure, INTERCEPT: -9.0}}}, 0.7
     )
     for target, expected in (("qsm", {"DNR": "low_confidence"}), ("swi", {})):
-        told = confidences(cleaned, scene(), LABELS, AFFINE, components, target, both)
+        plain = dict.fromkeys(("RNL", "DNR"), 3.0)
+        told = confidences(cleaned, scene(), LABELS, AFFINE, components, plain, target, both)
         assert guesses(cleaned, LABELS, AFFINE, told) == expected
 
 
@@ -338,6 +342,52 @@ def test_the_only_structure_that_is_found_has_to_be_surer(beside, expected, kept
         if told[label.abbreviation] is None:
             cleaned[cleaned == label.index] = 0
     assert guesses(cleaned, LABELS, AFFINE, told) == ({} if kept else {first: "low_confidence"})
+
+
+def surrounded(affine=AFFINE, shape=SHAPE):
+    """Return labels and an image: 1 and 3 by turns around them, RNL at 7, DNR at 2."""
+    image = np.indices(shape).sum(0) % 2 * 2.0 + 1
+    labelled = label_map(scene(), LABELS)
+    image[labelled == 1], image[labelled == 4] = 7, 2
+    return labelled, image.astype("f4")
+
+
+def test_a_structure_stands_out_by_the_spread_of_what_is_around_it():
+    labelled, image = surrounded()
+    told = contrasts(labelled, LABELS, AFFINE, image)
+    assert told == {"RNL": pytest.approx(5, abs=0.05), "DNR": pytest.approx(0, abs=0.05)}
+    rows = rows_of(scene())
+    assert rows["RNL"]["qc_contrast"] == 3
+
+
+def test_where_an_image_is_masked_it_says_nothing_of_the_surround():
+    labelled, image = surrounded()
+    image[4] = 0
+    image[8, 8, 8] = 0
+    assert contrasts(labelled, LABELS, AFFINE, image)["RNL"] == pytest.approx(5, abs=0.05)
+
+
+def test_what_lies_further_away_or_in_another_structure_is_no_surround():
+    labelled, image = surrounded()
+    told = contrasts(labelled, LABELS, AFFINE, image)
+    far = image.copy()
+    # 4 mm are four voxels along the first axis and two along the last one.
+    far[15:], far[:, :, 13:] = 1000, 1000
+    assert contrasts(labelled, LABELS, AFFINE, far)["RNL"] == told["RNL"]
+    far[14] = 1000
+    assert contrasts(labelled, LABELS, AFFINE, far)["RNL"] < 1
+    labelled[14:20, 5:11, 5:11] = 4
+    image[14:20, 5:11, 5:11] = 1000
+    assert contrasts(labelled, LABELS, AFFINE, image)["RNL"] == pytest.approx(5, abs=0.05)
+
+
+def test_without_structure_surround_or_spread_there_is_no_contrast():
+    labelled, image = surrounded()
+    labelled[labelled == 4] = 0
+    assert contrasts(labelled, LABELS, AFFINE, image)["DNR"] is None
+    assert contrasts(labelled, LABELS, AFFINE, np.where(labelled == 1, image, 0))["RNL"] is None
+    assert contrasts(labelled, LABELS, AFFINE, np.where(labelled == 1, image, 2))["RNL"] is None
+    assert contrasts(labelled, LABELS, AFFINE, np.zeros_like(image))["RNL"] is None
 
 
 def test_what_was_not_kept_is_empty_with_the_reason():
