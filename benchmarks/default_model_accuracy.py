@@ -50,6 +50,7 @@ from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.imaging.measure import contrasts
 from fdl_bidsapp.imaging.overlap import dice, hausdorff95
 from fdl_bidsapp.labels import Label, mirrored
+from fdl_bidsapp.memory import kept_memory
 from fdl_bidsapp.models.bundle import Bundle, load_bundle
 from fdl_bidsapp.settings import BEST, CONTRASTS
 from fdl_bidsapp.simulation.parameters import LEVELS, Value, draw_values, effects, understood
@@ -297,7 +298,8 @@ def simulated(draw: Draw, labels_dir: Path, device: str) -> Any:
     from fdl_bidsapp.simulation.simulator import simulate_label_map
 
     head = head_map(labels_dir / f"{draw.head}_dseg.nii.gz", device)
-    return simulate_label_map(head, draw.seed, draw.values)
+    with kept_memory():
+        return simulate_label_map(head, draw.seed, draw.values)
 
 
 def write_draw(draw: Draw, labels_dir: Path, folder: Path, device: str) -> str:

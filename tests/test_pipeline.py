@@ -455,7 +455,13 @@ def test_what_stands_out_in_the_contrast_that_was_segmented_is_surer():
     maps = {"qsm": noise, "r2star": noise + 4 * (probabilities[0] > 0)}
     weights = {INTERCEPT: 0.0, **dict.fromkeys(SIGNS, 0.0), "log_contrast": 1.0}
     known = {target: {"red_nucleus": weights} for target in maps}
-    spec = ModelSpec("one", labels=by_abbreviation(["RNL"]), calibration=Calibration(known, 0.7))
+    spec = ModelSpec(
+        "one",
+        contrasts=tuple(maps),
+        intensity=dict.fromkeys(maps, "robust"),
+        labels=by_abbreviation(["RNL"]),
+        calibration=Calibration(known, 0.7),
+    )
     faint, plain = (
         to_native(probabilities, np.eye(4), ScanImages(target, maps, np.eye(4)), spec)
         for target in maps
