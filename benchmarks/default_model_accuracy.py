@@ -6,8 +6,8 @@ Groups of scans: ``ordinary`` and ``full``, as many of each head as ``--draws`` 
 say; ``effects``, where each effect of the simulator in turn is off, mild, middle and harsh in the
 same ordinary scan;
 ``absent``, slabs that end above all nuclei or above the dentate ones. Every scan is simulated once,
-from its echoes, written as BIDS, and segmented by ``fdl-bidsapp`` once for each target, and once
-with the best of them. Masks are compared with the truth on the scan's own grid; docs/metrics.md
+from its echoes, written as BIDS, and segmented by ``fdl-bidsapp`` once for each target, and (but for
+``effects``) once with the best of them. Masks are compared with the truth on the scan's own grid; docs/metrics.md
 says what an empty mask gets. ``contrast`` is by how many standard deviations of its surround a
 structure differs from it in the map that was segmented: ``seen`` is what reaches two.
 
@@ -129,7 +129,9 @@ def main() -> None:
     targets = [target for target in options.targets if target in known]
     draws, steps = plan(options)
     for group in dict.fromkeys(draw.group for draw in draws):
-        run_group([draw for draw in draws if draw.group == group], bundle, targets, options)
+        # What a single effect does is asked of one contrast at a time.
+        wanted = [target for target in targets if target != BEST or group != "effects"]
+        run_group([draw for draw in draws if draw.group == group], bundle, wanted, options)
     cases = read_cases(options.work, draws)
     about = {
         "model_sha256": bundle.sha256[:12],
