@@ -4,12 +4,12 @@
 
 Groups of scans: ``ordinary`` and ``full``, as many of each head as ``--draws`` and ``--full-draws``
 say; ``effects``, where each effect of the simulator in turn is off, mild, middle and harsh in the
-same ordinary scan;
-``absent``, slabs that end above all nuclei or above the dentate ones. Every scan is simulated once,
-from its echoes, written as BIDS, and segmented by ``fdl-bidsapp`` once for each target, and (but for
-``effects``) once with the best of them. Masks are compared with the truth on the scan's own grid; docs/metrics.md
-says what an empty mask gets. ``contrast`` is by how many standard deviations of its surround a
-structure differs from it in the map that was segmented: ``seen`` is what reaches two.
+same ordinary scan; ``absent``, slabs that end above all nuclei or above the dentate ones. Every
+scan is simulated once, from its echoes, written as BIDS, and segmented by ``fdl-bidsapp`` once for
+each target, and (but for ``effects``) once with the best of them. Masks are compared with the truth
+on the scan's own grid; docs/metrics.md says what an empty mask gets. ``contrast`` is by how many
+standard deviations of its surround a structure differs from it in the map that was segmented:
+``seen`` is what reaches two.
 
 It goes on where it was stopped, scan by scan. A run with another model finds the scans again that
 are in the work folder (some 60 MB each); ``--discard`` deletes each once it is measured.
