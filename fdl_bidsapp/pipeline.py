@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from fdl_bidsapp.bids.inputs import Scan, Source
-from fdl_bidsapp.errors import DataError, ImageError, InputMissingError, ModelError
+from fdl_bidsapp.errors import DataError, FdlError, ImageError, InputMissingError, ModelError
 from fdl_bidsapp.imaging.grid import (
     Box,
     Corner,
@@ -229,18 +229,31 @@ def read_scan(scan: Scan, target: str, allowed: Sequence[str]) -> ScanImages:
     ------
     FdlError
         The scan's own error, or whatever is wrong with its target. A contrast that is not the
-        target and cannot be read is left out with a note.
+        target and cannot be read is left out with a note; where any may be the target, so is each
+        but the last that could be.
     """
     if scan.error is not None:
         raise scan.error
     available = [source.contrast for source in scan.sources]
-    chosen = choose_target(available, target, allowed)
+    first = choose_target(available, target, allowed)
+    candidates = [first]
+    if target == BEST:
+        candidates = [name for name in TARGET_ORDER if name in available and name in allowed]
     notes = list(scan.notes)
-    reference = _read_source(_source(scan, chosen), notes)
-    _check_contrast(reference, _source(scan, chosen))
+    broken: dict[str, FdlError] = {}
+    for chosen in candidates:
+        try:
+            reference = _read_source(_source(scan, chosen), notes)
+            _check_contrast(reference, _source(scan, chosen))
+            break
+        except (ImageError, InputMissingError) as error:
+            broken[chosen] = error
+    else:
+        raise broken[first]
+    notes.extend(f"{contrast} was left out: {error}" for contrast, error in broken.items())
     maps = {chosen: np.asarray(reference.dataobj, np.float32)}
     for source in scan.sources:
-        if source.contrast == chosen:
+        if source.contrast == chosen or source.contrast in broken:
             continue
         try:
             image = _read_source(source, notes)

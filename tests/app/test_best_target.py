@@ -76,6 +76,19 @@ def test_a_contrast_without_calibration_is_not_chosen(study, calibrated, capsys)
     assert study.record("01")["Target"] == "imag"
 
 
+def test_a_contrast_that_is_broken_leaves_the_choice_to_the_others(study, calibrated):
+    path = study.add("01", ("qsm",))
+    path.write_bytes(path.read_bytes()[:200])
+    words = ("participant", "--target", "best", "--model", calibrated)
+    assert study.run(*words) == 1
+    assert "Chimap" in study.record("01")["Error"]["Path"]
+    study.add("01", ("imag",))
+    assert study.run(*words) == 0
+    assert study.record("01")["Target"] == "imag"
+    assert "qsm was left out" in notes(study)
+    assert set(study.record("01")["InputsUsed"]) == {"imag"}
+
+
 def test_a_model_that_foretells_nothing_is_refused_before_anything_is_done(study, capsys):
     study.add("01")
     assert study.run("participant", "--target", "best") == 64
