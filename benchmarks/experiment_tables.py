@@ -81,6 +81,7 @@ def gather(
     results = aggregate(cases, axes)
     if published is not None:
         add_published(results, published, chosen)
+        command += f" --published {published.name}"
     made = made_by(command)
     group = tuple(axis for axis in axes if axis != "seed")
     _write(name, results, (*group, *RESULT_COLUMNS, *PUBLISHED_COLUMNS), made)

@@ -62,6 +62,9 @@ Array = np.ndarray
 TARGET_ORDER = ("qsm", "r2star", "imag", "swi")
 """Which contrast is segmented where the choice is left to the program."""
 
+Places = list[list[Array]]
+"""For each region of a model, where it may be, in mm."""
+
 LOOKS = 3
 """How often a window is placed at most, first by the locator, then by what it showed."""
 
@@ -384,6 +387,7 @@ def segment_canvas(
     device: torch.device,
     *,
     flips: str = "auto",
+    places: Places | None = None,
 ) -> tuple[Array, Array]:
     """Run the network on a canvas.
 
@@ -404,6 +408,8 @@ def segment_canvas(
     flips
         Whether to average over left-right mirrored input: ``yes``, ``no``, or ``auto`` for the
         model's own way.
+    places
+        From :func:`locate_regions`, where that is known already.
 
     Returns
     -------
@@ -414,7 +420,9 @@ def segment_canvas(
     spec = bundle.spec
     both = spec.averages_flips(flips)
     if network.locator is not None:
-        return _segment_located(canvas, bundle, network, device, both)
+        if places is None:
+            places = locate_regions(canvas, bundle, network, device)
+        return _segment_located(canvas, places, bundle, network, device, both)
     grid = Grid(spec.grid_shape, spec.grid_spacing)
     box = cast("Box", tuple(slice(int(a), int(b)) for a, b in canvas.box))
     starts, reserve = (
@@ -477,13 +485,20 @@ def segment_surest(
     spec = bundle.spec
     known = spec.calibration.weights if spec.calibration is not None else {}
     expected: dict[str, float] = {}
+    # Where the regions are is told by the images of a canvas, whichever of them is segmented.
+    places: dict[tuple[str, ...], Places] = {}
     kept = None
     for target in TARGET_ORDER:
         if target not in images.maps or target not in spec.contrasts or target not in known:
             continue
         own = replace(images, target=target)
         canvas = to_canvas(own, spec)
-        probabilities, affine = segment_canvas(canvas, bundle, network, device, flips=flips)
+        seen = tuple(canvas.maps)
+        if seen not in places:
+            places[seen] = locate_regions(canvas, bundle, network, device)
+        probabilities, affine = segment_canvas(
+            canvas, bundle, network, device, flips=flips, places=places[seen]
+        )
         found = to_native(probabilities, affine, own, spec)
         dice = [value for value in found.confidence.values() if value is not None]
         surest = max(expected.values(), default=-1.0)
@@ -528,22 +543,23 @@ def _window(
 
 
 def _segment_located(
-    canvas: Canvas, bundle: Bundle, network: FusionNetwork, device: torch.device, flips: bool
+    canvas: Canvas,
+    places: Places,
+    bundle: Bundle,
+    network: FusionNetwork,
+    device: torch.device,
+    flips: bool,
 ) -> tuple[Array, Array]:
     """Look at one window around each region that the model's locator finds.
 
-    All contrasts of the scan together say where a region is: they see the same head. Where that
-    does not lead to all of it, the structures of another region may, whose place in a head is
-    known.
+    Where that does not lead to all of it, the structures of another region may, whose place in a
+    head is known.
     """
     spec = bundle.spec
     grid = Grid(spec.grid_shape, spec.grid_spacing)
     images = {name: nib.Nifti1Image(data, canvas.affine) for name, data in canvas.maps.items()}
     # Windows lie on a canvas at the model's spacing, of which no more than they hold is sampled.
     shape, affine, box = canvas_geometry(images[canvas.target], grid)
-    locator = network.locator
-    assert locator is not None
-    places = _located(images, affine, spec, locator, device)
 
     def settled(look: Callable[[Corner], Look], centre: Array) -> Look:
         return _settled(look, window_around(centre, shape, grid), shape, box, grid)
@@ -568,8 +584,8 @@ def _segment_located(
         return expected_centre([spec.labels[k] for k in spec.windows[region]], found, affine)
 
     for region, look in looks.items():
-        for centre in places[region]:
-            seen = settled(look, centre)
+        for place in places[region]:
+            seen = settled(look, np.linalg.solve(affine[:3, :3], place - affine[:3, 3]))
             if region not in best or seen.shown > best[region].shown:
                 best[region] = seen
             if seen.shown == len(spec.windows[region]):
@@ -578,10 +594,10 @@ def _segment_located(
         wanted = len(spec.windows[region])
         if region in best and best[region].shown == wanted:
             continue
-        place = foretold(region)
-        if place is None:
+        centre = foretold(region)
+        if centre is None:
             continue
-        seen = settled(look, place)
+        seen = settled(look, centre)
         # Where the images do not point to, less than everything would be a guess.
         if seen.shown == wanted:
             best[region] = seen
@@ -651,33 +667,47 @@ def _settled(
     return [seen for seen in looks.values() if seen.shown == most][-1]
 
 
-def _located(
-    images: Mapping[str, nib.Nifti1Image],
-    affine: Array,
-    spec: ModelSpec,
-    locator: FusionNetwork,
-    device: torch.device,
-) -> list[list[Array]]:
-    """Return where each region of nuclei may be, in voxels of a canvas with that affine."""
+def locate_regions(
+    canvas: Canvas, bundle: Bundle, network: FusionNetwork, device: torch.device
+) -> Places:
+    """Tell where the regions of a model with a locator may be.
+
+    All contrasts of the canvas together say it: they see the same head.
+
+    Parameters
+    ----------
+    canvas
+        From :func:`to_canvas`.
+    bundle, network, device
+        The model, built and on its device.
+
+    Returns
+    -------
+    list of list of (3,) arrays
+        For each region, the most promising place first, in mm; none where the canvas has no
+        contrast that the locator knows, or the model has no locator.
+    """
     from fdl_bidsapp.models.inference import locate
 
-    assert spec.locator is not None
+    spec = bundle.spec
+    if network.locator is None or spec.locator is None:
+        return []
     coarse = Grid(spec.locator.grid_shape, spec.locator.grid_spacing)
+    images = {name: nib.Nifti1Image(data, canvas.affine) for name, data in canvas.maps.items()}
     # The contrasts of a scan are on one grid.
-    coarse_shape, coarse_affine, _ = canvas_geometry(next(iter(images.values())), coarse)
+    shape, affine, _ = canvas_geometry(images[canvas.target], coarse)
     seen = []
     for contrast in spec.locator.contrasts:
         # One contrast may be flat and the others good.
         with suppress(ImageError):
             if contrast in images:
-                data = conform(images[contrast], coarse_shape, coarse_affine)
+                data = conform(images[contrast], shape, affine)
                 seen.append(normalise(data, spec.locator.intensity[contrast]))
     if not seen:
         return [[] for _ in spec.locator.labels]
-    to_canvas_voxel = np.linalg.inv(affine) @ coarse_affine
     return [
-        [(to_canvas_voxel @ [*place, 1])[:3] for place in places]
-        for places in locate(locator, seen, coarse.spacing, device)
+        [(affine @ [*place, 1])[:3] for place in places]
+        for places in locate(network.locator, seen, coarse.spacing, device)
     ]
 
 

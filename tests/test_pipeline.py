@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import nibabel as nib
@@ -260,12 +259,12 @@ def located(monkeypatch, blob_model):
         places = [centre if isinstance(centre, list) else [centre] for centre in centres]
         where = [[np.array(place) for place in each if place is not None] for each in places]
 
-        def places_of(images: Mapping[str, object], *_: object) -> list:
+        def places_of(canvas: Canvas, *_: object) -> list:
             if asked is not None:
-                asked.append(set(images))
+                asked.append(set(canvas.maps))
             return where
 
-        monkeypatch.setattr(pipeline, "_located", places_of)
+        monkeypatch.setattr(pipeline, "locate_regions", places_of)
         monkeypatch.setattr(inference, "predict", counted)
         coarse = replace(
             bundle.spec,
