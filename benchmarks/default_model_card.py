@@ -121,7 +121,7 @@ def card(bundle: Bundle) -> str:
         elsewhere=elsewhere(bundle),
         robust=robust(measured("default_model_effects", bundle)),
         trusted=trusted(measured("default_model_flags", bundle)),
-        tuned=tuned(measured("finetune", bundle)),
+        tuned=tuned(bundle),
         **{
             key: about[key]
             for key in ("data", "seed", "steps", "windows", "steps_of_locator", "trained_on")
@@ -220,8 +220,10 @@ def trusted(flags: pd.DataFrame) -> str:
     )
 
 
-def tuned(found: pd.DataFrame) -> str:
-    """Say what a few labels of another site bring."""
+def tuned(bundle: Bundle) -> str:
+    """Say what a few labels of another site bring, to these weights or to earlier ones."""
+    found = pd.read_csv(RESULTS / "finetune.tsv", sep="\t")
+    began = set(found.get("model_sha256", ["unknown"]))
     found = found[(found["structure"] == MEAN) & (found["metric"] == "dice")]
     sentences = []
     for site, rows in found.groupby("site", sort=False):
@@ -234,6 +236,7 @@ def tuned(found: pd.DataFrame) -> str:
         "With four labelled scans of another simulated site, whose rater draws wider borders, the"
         f" mean Dice on {found['n_cases'].iloc[0]} other scans of that site went from"
         f" {'; '.join(sentences)} (`benchmarks/finetune.py`)."
+        + ("" if began == {bundle.sha256[:12]} else " That was measured with weights before these.")
     )
 
 
