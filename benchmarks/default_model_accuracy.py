@@ -54,6 +54,7 @@ from fdl_bidsapp.memory import kept_memory
 from fdl_bidsapp.models.bundle import Bundle, load_bundle
 from fdl_bidsapp.settings import BEST, CONTRASTS
 from fdl_bidsapp.simulation.parameters import LEVELS, Value, draw_values, effects, understood
+from fdl_bidsapp.simulation.writing import MAPS
 
 RESULTS = Path(__file__).parent / "results"
 HEADS = ("sub-17", "sub-18", "sub-19", "sub-20")
@@ -77,14 +78,6 @@ DICE_BARS = {
     "substantia_nigra": 0.86,
     "subthalamic_nucleus": 0.78,
 }
-MAPS = {
-    "qsm": "Chimap",
-    "r2star": "R2starmap",
-    "imag": "part-mag_T2starw",
-    "swi": "rec-swi_T2starw",
-}
-"""How the maps of a scan are named."""
-
 SEEN = 2.0
 """A structure is seen that differs from its surround by so many standard deviations of it."""
 

@@ -16,6 +16,14 @@ from fdl_bidsapp.labels import nuclei
 
 Array = np.ndarray
 
+MAPS = {
+    "qsm": "Chimap",
+    "r2star": "R2starmap",
+    "imag": "part-mag_T2starw",
+    "swi": "rec-swi_T2starw",
+}
+"""How the map of each contrast is named after the prefix of its scan."""
+
 
 @dataclass(frozen=True)
 class Acquisition:
@@ -81,20 +89,14 @@ def write_maps(stem: Path, maps: Mapping[str, Array], affine: Array, how: Acquis
         For the sidecars.
     """
     times = list(how.echo_times)
-    parts: dict[str, tuple[str, dict[str, Any]]] = {
-        "Chimap": (
-            "qsm",
-            {"EchoTime": times, "Units": "ppm", "EstimationAlgorithm": how.qsm},
-        ),
-        "R2starmap": (
-            "r2star",
-            {"EchoTime": times, "Units": "1/s", "EstimationAlgorithm": how.r2star},
-        ),
-        "part-mag_T2starw": ("imag", {"EchoTime": times, "Units": "arbitrary"}),
-        "rec-swi_T2starw": ("swi", {"EchoTime": times[how.swi_echo], "Units": "arbitrary"}),
+    details: dict[str, dict[str, Any]] = {
+        "qsm": {"EchoTime": times, "Units": "ppm", "EstimationAlgorithm": how.qsm},
+        "r2star": {"EchoTime": times, "Units": "1/s", "EstimationAlgorithm": how.r2star},
+        "imag": {"EchoTime": times, "Units": "arbitrary"},
+        "swi": {"EchoTime": times[how.swi_echo], "Units": "arbitrary"},
     }
-    for suffix, (contrast, metadata) in parts.items():
-        _write_measured(_named(stem, suffix), maps[contrast], affine, how, metadata)
+    for contrast, suffix in MAPS.items():
+        _write_measured(_named(stem, suffix), maps[contrast], affine, how, details[contrast])
 
 
 def write_echoes(stem: Path, signal: Array, affine: Array, how: Acquisition) -> None:
