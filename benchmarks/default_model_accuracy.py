@@ -431,12 +431,15 @@ def write_tables(
         table.to_csv(path, sep="\t", index=False, na_rep="n/a", float_format=f"%.{digits}g")
         print(f"{path}: {len(table)} rows")
 
-    # The many cases of single effects are in the work folder.
-    write("default_model_cases", cases[cases["group"] != "effects"])
-    summary = pd.DataFrame(summarise(cases)).assign(**about)
-    write("default_model", summary)
+    # The many cases of single effects are in the work folder. A run of these alone leaves the rest.
     if steps:
         write("default_model_effects", robustness(cases, steps).assign(**about))
+    cases = cases[cases["group"] != "effects"]
+    if not len(cases):
+        return
+    write("default_model_cases", cases)
+    summary = pd.DataFrame(summarise(cases)).assign(**about)
+    write("default_model", summary)
     absent = cases[cases["true_volume"] == 0]
     if len(absent):
         write("default_model_absent", absence(absent).assign(**about))
@@ -527,6 +530,8 @@ def robustness(cases: pd.DataFrame, steps: Sequence[dict[str, str]]) -> pd.DataF
     table.insert(2, "values", [_values(name) for name in table["effect"]])
     scans = joined[joined["step"] == "off"].groupby(keys, sort=False)["scan"].nunique()
     table.insert(5, "scans_each", [scans[tuple(row)] for row in table[keys].to_numpy()])
+    swapped = joined.groupby(keys, sort=False)["swapped"].sum()
+    table["swapped"] = [swapped[tuple(row)] for row in table[keys].to_numpy()]
     return table
 
 

@@ -102,7 +102,7 @@ def measured(name: str, bundle: Bundle) -> pd.DataFrame:
 
 def card(bundle: Bundle) -> str:
     """Return the text of the card."""
-    figures = measured("default_model", bundle)
+    figures, effects = (measured(f"default_model{part}", bundle) for part in ("", "_effects"))
     spec = bundle.spec
     about: Mapping[str, Any] = spec.provenance
     assert isinstance(spec.locator, ModelSpec)
@@ -115,11 +115,11 @@ def card(bundle: Bundle) -> str:
         spacing=f"{spec.grid_spacing[0]:g}",
         coarse=f"{spec.locator.grid_spacing[0]:g}",
         oblique=OBLIQUE_DEGREES,
-        state=state(figures, measured("default_model_absent", bundle), spec.calibration),
+        state=state(figures, effects, measured("default_model_absent", bundle), spec.calibration),
         table=table(figures),
         command=figures["command"].iloc[0],
         elsewhere=elsewhere(bundle),
-        robust=robust(measured("default_model_effects", bundle)),
+        robust=robust(effects),
         trusted=trusted(measured("default_model_flags", bundle)),
         tuned=tuned(bundle),
         **{
@@ -129,7 +129,12 @@ def card(bundle: Bundle) -> str:
     )
 
 
-def state(figures: pd.DataFrame, absent: pd.DataFrame, calibration: Calibration | None) -> str:
+def state(
+    figures: pd.DataFrame,
+    effects: pd.DataFrame,
+    absent: pd.DataFrame,
+    calibration: Calibration | None,
+) -> str:
     """Say how many of the aims are met, and which are not."""
     judged = figures[figures["met"].isin(["met", "missed"]) & (figures["measure"] == "dice")]
     words = {"ordinary": "in ordinary scans", "full": "over the whole range of the simulator"}
@@ -145,7 +150,7 @@ def state(figures: pd.DataFrame, absent: pd.DataFrame, calibration: Calibration 
             )
         parts.append(part)
     text = f"The aim for the Dice is met by {' and '.join(parts)}"
-    swapped = figures.loc[figures["measure"] == "swapped", "value"].sum()
+    swapped = figures.loc[figures["measure"] == "swapped", "value"].sum() + effects["swapped"].sum()
     text += f". Left and right were exchanged {int(swapped)} times."
     masks, empty, flagged = (int(absent[name].sum()) for name in ("masks", "empty", "flagged"))
     text += (
