@@ -266,14 +266,15 @@ def case_file(draw: Draw, folder: Path) -> Path:
 
 def is_measured(draw: Draw, folder: Path, bundle: Bundle, targets: Iterable[str]) -> bool:
     """Tell whether a scan was measured with this model in all targets."""
-    known = _json(case_file(draw, folder))
+    known = read_json(case_file(draw, folder))
     wanted = identity(draw, bundle)
     return {key: known.get(key) for key in wanted} == wanted and set(targets) <= {
         row["target"] for row in known["Rows"]
     }
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a record; what cannot be read is empty."""
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError):
@@ -304,7 +305,7 @@ def write_draw(draw: Draw, labels_dir: Path, folder: Path, device: str) -> str:
 
     stem = Path(f"sub-{draw.name}", "anat", f"sub-{draw.name}")
     wanted = {"LabelMap": draw.head, "Seed": list(draw.seed), "Effects": draw.values}
-    known = _json(folder / "truth" / f"{stem}_dseg.json")
+    known = read_json(folder / "truth" / f"{stem}_dseg.json")
     written = (folder / "bids" / f"{stem}_Chimap.nii.gz").is_file()
     if written and {key: known.get(key) for key in wanted} == wanted:
         return draw.name
@@ -353,7 +354,7 @@ def measure_draw(
     rows = []
     for target in targets:
         out = folder / f"out-{target}" / stem
-        record = _json(out.with_name(f"{out.name}_morph.json"))
+        record = read_json(out.with_name(f"{out.name}_morph.json"))
         done = record.get("Status") == "ok"
         mine = np.zeros_like(true)
         table: dict[str, dict[str, Any]] = {}
@@ -414,7 +415,7 @@ def compare(
 
 def read_cases(work: Path, draws: Iterable[Draw]) -> pd.DataFrame:
     """Read the rows of scans that were measured."""
-    rows = [row for draw in draws for row in _json(case_file(draw, work / draw.group))["Rows"]]
+    rows = [row for draw in draws for row in read_json(case_file(draw, work / draw.group))["Rows"]]
     table = pd.DataFrame(rows)
     numbers = ["dice", "hd95", "volume", "true_volume", "qsm", "true_qsm"]
     numbers += ["confidence", "contrast"]

@@ -20,11 +20,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import scipy.ndimage as ndi
-from default_model_accuracy import RESULTS, Draw, simulated
+from default_model_accuracy import RESULTS, Draw, read_json, simulated
 from experiment_tables import made_by
 from machine import command_line
 
-from fdl_bidsapp.bids.outputs import write_tsv
+from fdl_bidsapp.bids.outputs import write_json, write_tsv
 from fdl_bidsapp.models.bundle import load_bundle
 from fdl_bidsapp.simulation.parameters import understood
 from fdl_bidsapp.training.cases import in_split, read_table
@@ -115,8 +115,7 @@ def write_site(site: str, folder: Path, options: argparse.Namespace) -> Path:
     for split, head, number in plan:
         name = f"{split}{number:02d}"
         image, labels = (folder / f"{name}_{what}.nii.gz" for what in ("qsm", "dseg"))
-        if not labels.exists():
-            write_scan(image, labels, head, number, SITES[site], options)
+        write_scan(image, labels, head, number, SITES[site], options)
         lines.append({"id": name, "split": split, "qsm": image.name, "label": labels.name})
     table = folder / "cases.tsv"
     write_tsv(table, lines, ("id", "split", "qsm", "label"))
@@ -131,14 +130,19 @@ def write_scan(
     effects: Mapping[str, str],
     options: argparse.Namespace,
 ) -> None:
-    """Simulate a scan and write its QSM and what the rater drew."""
+    """Simulate a scan and write its QSM and what the rater drew, unless they are there."""
     seed = (options.seed, number)
     draw = Draw(labels.name, "site", head, seed, "ordinary", understood(effects))
+    record = labels.with_name(labels.name.replace(".nii.gz", ".json"))
+    wanted = {"LabelMap": head, "Seed": list(seed), "Effects": draw.values, "Wider": options.wider}
+    if read_json(record) == wanted:
+        return
     scan = simulated(draw, options.labels_dir, "cpu")
     spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)
     drawn = wider(scan.labels.cpu().numpy(), spacing, options.wider)
     nib.save(nib.Nifti1Image(scan.maps["qsm"].cpu().numpy(), scan.affine), image)
     nib.save(nib.Nifti1Image(drawn, scan.affine), labels)
+    write_json(record, wanted)
 
 
 def wider(labels: np.ndarray, spacing: Sequence[float], by: float) -> np.ndarray:
