@@ -14,7 +14,7 @@ from textwrap import fill
 from typing import Any
 
 import pandas as pd
-from default_model_accuracy import RESULTS
+from default_model_accuracy import CLIFF, RESULTS
 
 from fdl_bidsapp.imaging.confidence import Calibration
 from fdl_bidsapp.imaging.grid import OBLIQUE_DEGREES
@@ -189,21 +189,23 @@ def robust(effects: pd.DataFrame) -> str:
     sentences = []
     for target, rows in means.groupby("target", sort=False):
         lost = (rows["off"] - rows["harsh"]).droplevel("target").sort_values(ascending=False)
-        named = [
-            f"{effect} ({rows.loc[(target, effect), 'off']:.2f} to"
+        worst = [
+            f"{effect.replace('_', ' ')} ({rows.loc[(target, effect), 'off']:.2f} to"
             f" {rows.loc[(target, effect), 'harsh']:.2f})"
             for effect in lost.index[lost > HARM][:NAMED]
         ]
         count = int((lost > HARM).sum())
-        what = f"most by {', '.join(named)}" if named else "none"
+        what = f"most by {', '.join(worst)}" if worst else "none"
         sentences.append(f"{WORDS[str(target)]}, {count} of {len(lost)}, {what}.")
-    cliffs = effects.loc[effects["cliff"] == "yes", "effect"]
+    scans = int(effects["scans_each"].max())
+    fallen = effects[effects["cliff"] == "yes"]
+    cliffs = fallen["effect"].str.replace("_", " ") + " in " + fallen["target"].map(WORDS)
     return paragraph(
-        f"Each effect of the simulator was set to its mild, middle and harsh end in the same"
-        f" {effects['scans_each'].max()} ordinary scan(s) of a head. At the harsh end the mean Dice"
-        f" over the structures falls by more than {HARM:g} with: {' '.join(sentences)} Before"
-        f" the harsh end it falls by more than 0.1 from one step to the next in {len(cliffs)} of"
-        f" {len(effects)} rows of target and structure ({', '.join(sorted(set(cliffs)))}):"
+        f"In {scans} ordinary scan{'s' * (scans > 1)}, each effect of the simulator was set to its"
+        " mild, middle and harsh end. At the harsh end the mean Dice over the"
+        f" structures is lower by more than {HARM:g} with: {' '.join(sentences)} Before the harsh"
+        f" end that of a structure falls by more than {CLIFF:g} from one step to the next in"
+        f" {len(cliffs)} of {len(effects)} cases ({', '.join(dict.fromkeys(cliffs)) or 'none'}):"
         " `benchmarks/results/default_model_effects.tsv`, docs/robustness.md."
     )
 
