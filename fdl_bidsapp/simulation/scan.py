@@ -70,7 +70,8 @@ def scan_geometry(
     """
     box = np.array(FIELD_OF_VIEW)
     extent = box[:, 1] - box[:, 0]
-    x, y, z = (int(np.ceil(e / s)) for e, s in zip(extent, spacing, strict=True))
+    # 168 / 0.7 is a little more than 240 in floating point, and no voxel more than that.
+    x, y, z = (int(np.ceil(e / s - 1e-9)) for e, s in zip(extent, spacing, strict=True))
     affine = np.eye(4)
     affine[:3, :3] = rotation(angles) @ np.diag(spacing)
     affine[:3, 3] = box.mean(1) - affine[:3, :3] @ ((np.array([x, y, z]) - 1) / 2)
