@@ -36,7 +36,7 @@ MEASURES = {
     "volume_fraction": ("Volume fraction", "of the brain", 6),
     "confidence": ("Confidence", "expected Dice", 2),
     "qc_mean_probability": ("Mean probability", "", 2),
-    "qc_contrast": ("Contrast with the surround", "standard deviations", 1),
+    "qc_contrast": ("Contrast", "SD of the surround", 1),
 }
 """What can be plotted: title, unit, digits."""
 
