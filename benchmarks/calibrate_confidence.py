@@ -39,7 +39,7 @@ from machine import machine
 from scipy.optimize import brentq
 
 from fdl_bidsapp import __version__
-from fdl_bidsapp.bids.outputs import write_json
+from fdl_bidsapp.bids.outputs import read_record, write_json
 from fdl_bidsapp.imaging.confidence import (
     BAD_DICE,
     INTERCEPT,
@@ -217,15 +217,12 @@ def measured(
     uncalibrated = replace(spec, calibration=None, provenance={})
     wanted = {
         "Network": _fingerprint(bundle.state, repr(uncalibrated)),
-        **{"LabelMap": draw.head, "Seed": list(draw.seed), "Effects": draw.values},
+        **draw.record,
     }
     path = work / f"{draw.name}.json"
-    try:
-        known = json.loads(path.read_text("utf-8"))
-        if {key: known.get(key) for key in wanted} == wanted:
-            return list(known["Rows"])
-    except (OSError, ValueError):
-        pass
+    known = read_record(path) or {}
+    if {key: known.get(key) for key in wanted} == wanted:
+        return list(known["Rows"])
     maps, true, scan_affine = scanned(draw, labels_dir, device)
     rows = []
     for target in spec.contrasts:
@@ -298,10 +295,10 @@ def calibrate(cases: pd.DataFrame) -> tuple[Calibration, pd.DataFrame]:
                 }
             )
     # A mask that is empty where it should not be is bad, and flagged for that.
-    dice = [*cases["dice"], *nothing["dice"]]
-    foretold = pd.Series([*foretold, *(0.0 for _ in range(len(nothing)))])
-    threshold = choose_threshold(foretold.tolist(), dice)
-    bad = pd.Series(dice) < BAD_DICE
+    dice = pd.concat([cases["dice"], nothing["dice"]], ignore_index=True)
+    foretold = pd.concat([foretold, nothing["dice"]], ignore_index=True)
+    threshold = choose_threshold(foretold.tolist(), dice.tolist())
+    bad = dice < BAD_DICE
     flagged = foretold < threshold
     print(
         f"left-out heads: {bad.sum()} of {len(dice)} masks below {BAD_DICE}; flagged "

@@ -45,7 +45,7 @@ import pandas as pd
 from machine import command_line, machine
 
 from fdl_bidsapp import __version__
-from fdl_bidsapp.bids.outputs import write_json
+from fdl_bidsapp.bids.outputs import read_record, write_json
 from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.imaging.measure import contrasts
 from fdl_bidsapp.imaging.overlap import dice, hausdorff95
@@ -78,6 +78,7 @@ DICE_BARS = {
     "substantia_nigra": 0.86,
     "subthalamic_nucleus": 0.78,
 }
+
 SEEN = 2.0
 """A structure is seen that differs from its surround by so many standard deviations of it."""
 
@@ -112,6 +113,11 @@ class Draw:
     def values(self) -> dict[str, Value]:
         """Return the value of every effect."""
         return draw_values(self.seed, self.profile, self.forced)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return what the scan follows from, as it is kept in a file beside it."""
+        return {"LabelMap": self.head, "Seed": list(self.seed), "Effects": self.values}
 
 
 def main() -> None:
@@ -251,12 +257,7 @@ def one_thread() -> None:
 
 def identity(draw: Draw, bundle: Bundle) -> dict[str, Any]:
     """Return what the rows of a scan follow from."""
-    return {
-        "Model": bundle.sha256,
-        "LabelMap": draw.head,
-        "Seed": list(draw.seed),
-        "Effects": draw.values,
-    }
+    return {"Model": bundle.sha256, **draw.record}
 
 
 def case_file(draw: Draw, folder: Path) -> Path:
@@ -266,19 +267,11 @@ def case_file(draw: Draw, folder: Path) -> Path:
 
 def is_measured(draw: Draw, folder: Path, bundle: Bundle, targets: Iterable[str]) -> bool:
     """Tell whether a scan was measured with this model in all targets."""
-    known = read_json(case_file(draw, folder))
+    known = read_record(case_file(draw, folder)) or {}
     wanted = identity(draw, bundle)
     return {key: known.get(key) for key in wanted} == wanted and set(targets) <= {
         row["target"] for row in known["Rows"]
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a record; what cannot be read is empty."""
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError):
-        return {}
 
 
 @lru_cache(maxsize=2)
@@ -304,8 +297,8 @@ def write_draw(draw: Draw, labels_dir: Path, folder: Path, device: str) -> str:
     from fdl_bidsapp.simulation.writing import write_maps, write_truth
 
     stem = Path(f"sub-{draw.name}", "anat", f"sub-{draw.name}")
-    wanted = {"LabelMap": draw.head, "Seed": list(draw.seed), "Effects": draw.values}
-    known = read_json(folder / "truth" / f"{stem}_dseg.json")
+    wanted = draw.record
+    known = read_record(folder / "truth" / f"{stem}_dseg.json") or {}
     written = (folder / "bids" / f"{stem}_Chimap.nii.gz").is_file()
     if written and {key: known.get(key) for key in wanted} == wanted:
         return draw.name
@@ -354,7 +347,7 @@ def measure_draw(
     rows = []
     for target in targets:
         out = folder / f"out-{target}" / stem
-        record = read_json(out.with_name(f"{out.name}_morph.json"))
+        record = read_record(out.with_name(f"{out.name}_morph.json")) or {}
         done = record.get("Status") == "ok"
         mine = np.zeros_like(true)
         table: dict[str, dict[str, Any]] = {}
@@ -415,7 +408,8 @@ def compare(
 
 def read_cases(work: Path, draws: Iterable[Draw]) -> pd.DataFrame:
     """Read the rows of scans that were measured."""
-    rows = [row for draw in draws for row in read_json(case_file(draw, work / draw.group))["Rows"]]
+    files = [case_file(draw, work / draw.group) for draw in draws]
+    rows = [row for file in files for row in (read_record(file) or {})["Rows"]]
     table = pd.DataFrame(rows)
     numbers = ["dice", "hd95", "volume", "true_volume", "qsm", "true_qsm"]
     numbers += ["confidence", "contrast"]

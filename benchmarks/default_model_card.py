@@ -14,7 +14,7 @@ from textwrap import fill
 from typing import Any
 
 import pandas as pd
-from default_model_accuracy import CLIFF, RESULTS
+from default_model_accuracy import CLIFF, RESULTS, STEPS
 
 from fdl_bidsapp.imaging.confidence import Calibration
 from fdl_bidsapp.imaging.grid import OBLIQUE_DEGREES
@@ -184,8 +184,7 @@ HARM, NAMED = 0.05, 6
 
 def robust(effects: pd.DataFrame) -> str:
     """Say what single effects of the simulator do to the Dice."""
-    steps = ["off", "mild", "middle", "harsh"]
-    means = effects.groupby(["target", "effect"], sort=False)[steps].mean()
+    means = effects.groupby(["target", "effect"], sort=False)[list(STEPS)].mean()
     sentences = []
     for target, rows in means.groupby("target", sort=False):
         lost = (rows["off"] - rows["harsh"]).droplevel("target").sort_values(ascending=False)

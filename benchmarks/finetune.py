@@ -20,11 +20,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import scipy.ndimage as ndi
-from default_model_accuracy import RESULTS, Draw, read_json, simulated
+from default_model_accuracy import RESULTS, Draw, simulated
 from experiment_tables import made_by
 from machine import command_line
 
-from fdl_bidsapp.bids.outputs import write_json, write_tsv
+from fdl_bidsapp.bids.outputs import read_record, write_json, write_tsv
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.models.bundle import load_bundle
 from fdl_bidsapp.simulation.parameters import understood
 from fdl_bidsapp.training.cases import in_split, read_table
@@ -134,12 +135,11 @@ def write_scan(
     seed = (options.seed, number)
     draw = Draw(labels.name, "site", head, seed, "ordinary", understood(effects))
     record = labels.with_name(labels.name.replace(".nii.gz", ".json"))
-    wanted = {"LabelMap": head, "Seed": list(seed), "Effects": draw.values, "Wider": options.wider}
-    if read_json(record) == wanted:
+    wanted = {**draw.record, "Wider": options.wider}
+    if read_record(record) == wanted:
         return
     scan = simulated(draw, options.labels_dir, "cpu")
-    spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)
-    drawn = wider(scan.labels.cpu().numpy(), spacing, options.wider)
+    drawn = wider(scan.labels.cpu().numpy(), spacing_of(scan.affine), options.wider)
     nib.save(nib.Nifti1Image(scan.maps["qsm"].cpu().numpy(), scan.affine), image)
     nib.save(nib.Nifti1Image(drawn, scan.affine), labels)
     write_json(record, wanted)

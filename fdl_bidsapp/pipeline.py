@@ -676,10 +676,8 @@ def locate_regions(
 
     Parameters
     ----------
-    canvas
-        From :func:`to_canvas`.
-    bundle, network, device
-        The model, built and on its device.
+    canvas, bundle, network, device
+        As for :func:`segment_canvas`.
 
     Returns
     -------

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdl_bidsapp.errors import ModelError
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.labels import Label, mirrored
 from fdl_bidsapp.settings import CONTRASTS
 
@@ -193,7 +194,7 @@ def describe(
     list of K features
         ``None`` for a structure without voxels.
     """
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = spacing_of(affine)
     voxel_volume = float(abs(np.linalg.det(affine[:3, :3])))
     found = [
         _alone(label_map == label.index, probability, components[label.abbreviation][1])

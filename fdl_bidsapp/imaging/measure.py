@@ -11,6 +11,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from fdl_bidsapp.imaging.confidence import Calibration, describe
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.labels import Label
 
 Row = dict[str, float | int | str | None]
@@ -238,10 +239,8 @@ def largest_components(
         Number of components found, and of voxels dropped.
     """
     cleaned = label_map.copy()
-    boxes = ndimage.find_objects(label_map)
     dropped = {}
-    for label in labels:
-        box = boxes[label.index - 1] if label.index <= len(boxes) else None
+    for label, box in zip(labels, _boxes(label_map, labels), strict=True):
         if box is None:
             dropped[label.abbreviation] = (0, 0)
             continue
@@ -288,12 +287,10 @@ def contrasts(
     >>> contrasts(labelled, nuclei()[:2], np.eye(4), image)
     {'RNL': 5.0, 'RNR': None}
     """
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = spacing_of(affine)
     margins = np.ceil(SURROUND_MM[1] / spacing).astype(int)
-    boxes = ndimage.find_objects(label_map)
     found: dict[str, float | None] = {}
-    for label in labels:
-        box = boxes[label.index - 1] if label.index <= len(boxes) else None
+    for label, box in zip(labels, _boxes(label_map, labels), strict=True):
         found[label.abbreviation] = None
         if box is None:
             continue
@@ -301,10 +298,7 @@ def contrasts(
         inside = label_map[near] == label.index
         distance = ndimage.distance_transform_edt(~inside, spacing)
         around = (distance > SURROUND_MM[0]) & (distance <= SURROUND_MM[1]) & (label_map[near] == 0)
-        own, other = (
-            values[np.isfinite(values) & (values != 0)].astype(np.float64)
-            for values in (image[near][inside], image[near][around])
-        )
+        own, other = (_known(image[near][part]) for part in (inside, around))
         spread = float(other.std()) if other.size else 0.0
         if own.size and spread > 0:
             found[label.abbreviation] = float(abs(own.mean() - other.mean()) / spread)
@@ -439,9 +433,7 @@ def _strays(
 ) -> list[str]:
     """Find the structures that are far from where most of the others place them."""
     names, origins = [], []
-    boxes = ndimage.find_objects(label_map)
-    for label in labels:
-        box = boxes[label.index - 1] if label.index <= len(boxes) else None
+    for label, box in zip(labels, _boxes(label_map, labels), strict=True):
         if box is None:
             continue
         corner = [part.start for part in box]
@@ -510,10 +502,9 @@ def measure(
         _, components = largest_components(label_map, labels)
     voxel_volume = float(abs(np.linalg.det(affine[:3, :3])))
     guessed, confidence, contrasts = guessed or {}, confidence or {}, contrasts or {}
-    boxes = ndimage.find_objects(label_map)
     rows = []
-    for label, probability in zip(labels, probabilities, strict=True):
-        found = boxes[label.index - 1] if label.index <= len(boxes) else None
+    boxes = _boxes(label_map, labels)
+    for label, probability, found in zip(labels, probabilities, boxes, strict=True):
         box = _widened(found or (slice(0, 0),) * 3, label_map.shape, (SOFT_REACH,) * 3)
         mask = label_map[box] == label.index
         n_voxels = int(np.count_nonzero(mask))
@@ -548,6 +539,12 @@ def measure(
     return rows
 
 
+def _boxes(label_map: NDArray[np.uint8], labels: Sequence[Label]) -> list[tuple[slice, ...] | None]:
+    """Return the box around each structure; ``None`` where there is nothing of it."""
+    boxes = ndimage.find_objects(label_map)
+    return [boxes[label.index - 1] if label.index <= len(boxes) else None for label in labels]
+
+
 def _widened(box: Sequence[slice], shape: Sequence[int], by: Iterable[int]) -> tuple[slice, ...]:
     return tuple(
         slice(max(side.start - margin, 0), min(side.stop + margin, length))
@@ -555,8 +552,13 @@ def _widened(box: Sequence[slice], shape: Sequence[int], by: Iterable[int]) -> t
     )
 
 
+def _known(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Leave out what was masked or is not a number."""
+    return values[np.isfinite(values) & (values != 0)].astype(np.float64)
+
+
 def _statistics(values: NDArray[np.floating]) -> Iterator[tuple[str, float | None]]:
-    values = values[np.isfinite(values) & (values != 0)].astype(np.float64)
+    values = _known(values)
     if not values.size:
         yield from ((name, None) for name in STATISTICS)
         return

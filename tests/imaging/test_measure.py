@@ -344,9 +344,9 @@ def test_the_only_structure_that_is_found_has_to_be_surer(beside, expected, kept
     assert guesses(cleaned, LABELS, AFFINE, told) == ({} if kept else {first: "low_confidence"})
 
 
-def surrounded(affine=AFFINE, shape=SHAPE):
+def surrounded():
     """Return labels and an image: 1 and 3 by turns around them, RNL at 7, DNR at 2."""
-    image = np.indices(shape).sum(0) % 2 * 2.0 + 1
+    image = np.indices(SHAPE).sum(0) % 2 * 2.0 + 1
     labelled = label_map(scene(), LABELS)
     image[labelled == 1], image[labelled == 4] = 7, 2
     return labelled, image.astype("f4")
