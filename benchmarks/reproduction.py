@@ -1,4 +1,4 @@
-"""Write ``docs/reproduction.md`` from the tables of results.
+"""Write ``docs/reproduction.md`` and its pictures from the tables of results.
 
     python benchmarks/reproduction.py
 
@@ -11,8 +11,16 @@ import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from fdl_bidsapp.training.experiment import (
+    PUBLISHED_COLUMNS,
+    draw_figure,
+    method_differences,
+    read_cases,
+)
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
+TASK_AXES = ("structures", "targets")
 
 Row = Mapping[str, str]
 
@@ -34,7 +42,10 @@ Structures from Quantitative Susceptibility Mapping Data" (arXiv 2302.12980; bel
 command that made them; no figure is typed by hand.
 
 Intervals are 95 % bootstrap intervals over participants. Seeds (each with a fold of its own) are
-averaged within each case before. A difference is paired by case and seed.
+averaged within each case before. A difference is paired by case and seed. An interval holds the
+chance of which participants were measured; that of the initial weights and of the training
+participants only as far as there are several seeds. Nothing is corrected for the number of
+comparisons: one in twenty falls outside its interval by chance alone.
 """
 
 MSD = """## Hippocampus (Medical Segmentation Decathlon)
@@ -90,9 +101,14 @@ def section(name: str) -> list[str]:
         return ["Not run yet."]
     differences = [row for row in read(f"{name}_differences.tsv") if row["structure"] == "mean"]
     parts = [results_table(rows)]
+    if len({row["n_train"] for row in rows}) > 1:
+        parts.append(picture(name, rows))
     if differences:
         parts += ["Difference of the Dice from the network without a split:"]
         parts += [differences_table(differences), verdict(differences)]
+    if any(axis in rows[0] for axis in TASK_AXES):
+        parts += ["The same, averaged over the tasks that both networks were trained for:"]
+        parts.append(pooled_table(name))
     first = rows[0]
     parts.append(f"Made by `{first['command']}`; {first['versions']}; {first['machine']}.")
     return parts
@@ -134,6 +150,41 @@ def differences_table(rows: Sequence[Row]) -> str:
         for row in dice(rows)
     ]
     return table((*point_names(rows), "cases", "difference", "p"), lines)
+
+
+def pooled_table(name: str) -> str:
+    """Show the differences of all structures and targets together."""
+    cases = [
+        # A task is averaged over as a seed is.
+        {**row, "seed": tuple(row[axis] for axis in (*TASK_AXES, "seed"))}
+        for row in read_cases(RESULTS / f"{name}_cases.tsv")
+        if row["structure"] == "mean"
+    ]
+    axes = ("n_train", "method", "seed")
+    rows = [
+        {key: str(value) for key, value in row.items()} for row in method_differences(cases, axes)
+    ]
+    lines = [
+        (*point(row), row["n_seeds"], with_interval(row, "difference", sign="+"), row["p"])
+        for row in dice(rows)
+    ]
+    return table((*point_names(rows), "networks", "difference", "p"), lines)
+
+
+def picture(name: str, rows: Sequence[Row]) -> str:
+    """Draw the Dice over the number of training cases, and return the link to it."""
+    axes = [axis for axis in (*TASK_AXES, "n_train", "method") if axis in rows[0]]
+    numbers = ("mean", "lower", "upper", *PUBLISHED_COLUMNS)
+    results = [
+        {
+            key: value if key not in numbers else None if value == "n/a" else float(value)
+            for key, value in {**row, "method": METHODS[row["method"]]}.items()
+        }
+        for row in dice(rows)
+    ]
+    path = PAGE.parent / "images" / f"reproduction_{name}.png"
+    draw_figure(results, axes, path)
+    return f"![Dice over the number of training cases](images/{path.name})"
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fdl_bidsapp.bids.outputs import read_record, write_json, write_tsv
 from fdl_bidsapp.errors import (
@@ -31,6 +31,10 @@ from fdl_bidsapp.training.cases import SPLITS, in_split
 from fdl_bidsapp.training.evaluate import CASE_COLUMNS, MEAN, evaluate
 from fdl_bidsapp.training.fit import PATHS, fit, labelled_scans, make_settings
 
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
 Row = dict[str, Any]
 
 PUBLISHED_METRICS = {
@@ -44,6 +48,9 @@ PUBLISHED_METRICS = {
     "hd95": ("hd95", 1.0),
 }
 """Measures of the table of published values: ours, and the factor to its unit."""
+
+TASK_AXES = ("structures", "targets")
+"""Settings that say what is asked of a model, not how it is made."""
 
 
 @dataclass(frozen=True)
@@ -446,44 +453,89 @@ def _add_published(
 
 
 def draw_figure(results: Sequence[Mapping[str, Any]], axes: Sequence[str], path: Path) -> None:
-    """Draw the mean Dice over the number of training cases, with intervals."""
+    """Draw the mean Dice over the number of training cases, with intervals, task by task.
+
+    Parameters
+    ----------
+    results
+        From :func:`aggregate`, with published values where :func:`add_published` found them.
+    axes
+        Settings that vary. The structures and targets are the task, with a panel for each of its
+        values; any other but ``n_train`` makes a line.
+    path
+        PNG file.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    lines: dict[str, list[Mapping[str, Any]]] = {}
+    panels: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in results:
         if row["metric"] == "dice" and row["structure"] == MEAN:
-            name = ", ".join(row[axis] for axis in axes if axis != "n_train")
-            lines.setdefault(name or "model", []).append(row)
-    fig, plot = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for i, (name, rows) in enumerate(lines.items()):
-        rows = sorted(rows, key=lambda row: float(row.get("n_train", 0)))
-        n = [float(row.get("n_train", 0)) * 1.03**i for row in rows]
-        mean = [row["mean"] for row in rows]
-        below = [row["mean"] - row["lower"] for row in rows]
-        above = [row["upper"] - row["mean"] for row in rows]
-        colour = f"C{i % 10}"
-        plot.errorbar(n, mean, [below, above], marker="o", capsize=3, color=colour, label=name)
-        known = [
-            (x, row["published"])
-            for x, row in zip(n, rows, strict=True)
-            if row.get("published") is not None
-        ]
-        if known:
-            x, y = zip(*known, strict=True)
-            plot.plot(x, y, marker="x", linestyle=":", color=colour, label=f"{name} (published)")
-    if "n_train" in axes:
-        plot.set_xscale("log")
-        numbers = sorted({int(float(row["n_train"])) for row in results})
-        plot.set_xticks(numbers, [str(n) for n in numbers])
-        plot.minorticks_off()
-    plot.set_xlabel("training cases")
-    plot.set_ylabel("Dice")
-    plot.legend(fontsize="small")
+            task = ", ".join(row[axis] for axis in axes if axis in TASK_AXES)
+            name = ", ".join(row[axis] for axis in axes if axis not in (*TASK_AXES, "n_train"))
+            panels.setdefault(task, {}).setdefault(name or "model", []).append(row)
+    panels = dict(sorted(panels.items()))
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    columns = min(len(panels), 3)
+    grid = (-(-len(panels) // columns), columns)
+    width, height = (7, 4.5) if len(panels) == 1 else (3.6 * grid[1], 2.9 * grid[0])
+    fig, plots = plt.subplots(
+        *grid,
+        figsize=(width, height),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for plot in plots.flat[len(panels) :]:
+        plot.set_axis_off()
+    for (task, lines), plot in zip(panels.items(), plots.flat, strict=False):
+        plot.set_title(task, fontsize="medium")
+        for name, rows in lines.items():
+            _draw_line(plot, rows, name, names.index(name))
+        if "n_train" in axes:
+            plot.set_xscale("log")
+            numbers = sorted({int(float(row["n_train"])) for row in results})
+            plot.set_xticks(numbers, [str(n) for n in numbers])
+            plot.minorticks_off()
+    fig.supxlabel("training cases", fontsize="medium")
+    fig.supylabel("Dice", fontsize="medium")
+    keys: dict[str, Artist] = {}
+    for plot in plots.flat:
+        handles, labels = plot.get_legend_handles_labels()
+        keys |= dict(zip(labels, handles, strict=True))
+    fig.legend(
+        handles=list(keys.values()),
+        labels=list(keys),
+        loc="outside right center",
+        fontsize="small",
+    )
     fig.savefig(path, dpi=120)
     plt.close(fig)
+
+
+def _draw_line(plot: Axes, rows: Sequence[Mapping[str, Any]], name: str, place: int) -> None:
+    """Draw what one model reaches, and what is published of it."""
+    rows = sorted(rows, key=lambda row: float(row.get("n_train", 0)))
+    # Beside each other, so that no interval hides another.
+    n = [float(row.get("n_train", 0)) * 1.03**place for row in rows]
+    mean = [row["mean"] for row in rows]
+    below = [row["mean"] - row["lower"] for row in rows]
+    above = [row["upper"] - row["mean"] for row in rows]
+    colour = f"C{place % 10}"
+    plot.errorbar(
+        n, mean, [below, above], marker="o", markersize=4, capsize=3, color=colour, label=name
+    )
+    known = [
+        (x, row["published"])
+        for x, row in zip(n, rows, strict=True)
+        if row.get("published") is not None
+    ]
+    if known:
+        x, y = zip(*known, strict=True)
+        plot.plot(x, y, marker="x", linestyle=":", color=colour, label=f"{name} (published)")
 
 
 def _each(

@@ -10,6 +10,7 @@ from fdl_bidsapp.training.evaluate import MEAN
 from fdl_bidsapp.training.experiment import (
     add_published,
     aggregate,
+    draw_figure,
     make_experiment,
     method_differences,
     read_cases,
@@ -43,6 +44,33 @@ def test_a_grid_ends_in_one_table_and_one_figure(grid, tmp_path):
     head, *rows = lines(differences)
     assert len(rows) == 3 * len(METRICS)
     assert {row[head.index("reference_method")] for row in rows} == {"none"}
+
+
+def test_each_task_has_a_panel_of_the_figure(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    results = [
+        {
+            "structures": structure,
+            "method": method,
+            "n_train": n,
+            "structure": MEAN,
+            "metric": "dice",
+            "mean": 0.5,
+            "lower": 0.4,
+            "upper": 0.7,
+            "published": 0.6 if method == "late" else None,
+        }
+        for structure in ("RN", "DN")
+        for method in ("none", "late")
+        for n in ("4", "16")
+    ]
+    draw_figure(results, ("structures", "method", "n_train"), tmp_path / "dice.png")
+    (figure,) = figures
+    assert [panel.get_title() for panel in figure.axes] == ["DN", "RN"]
+    (legend,) = figure.legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert sorted(said) == ["late", "late (published)", "none"]
 
 
 def test_finished_runs_are_not_done_again(grid, tmp_path, monkeypatch):
