@@ -128,7 +128,8 @@ class Cohort:
     results
         The scans, in the order of the rows.
     people
-        Columns joined from ``participants.tsv``, as they are named in the rows.
+        Columns joined from ``participants.tsv`` and the participants' ``sessions.tsv``, as they are
+        named in the rows.
     design
         Which of them say who is compared with whom.
     curves
@@ -196,8 +197,8 @@ def collect(
     output_dir
         Output of the participant level.
     bids_dir
-        Dataset whose ``participants.tsv`` is joined, where it has one. Its participants without
-        any output are listed as ``missing_input``.
+        Dataset whose ``participants.tsv`` is joined, where it has one, and what it says of their
+        sessions. Its participants without any output are listed as ``missing_input``.
     ratings
         Files of ratings, as participant pages export them; see `RATING_COLUMNS`.
     controls
@@ -225,11 +226,11 @@ def collect(
             "run the participant level first, with the same output folder",
             path=output_dir,
         )
-    people, descriptions = read_participants(bids_dir, warnings) if bids_dir else ({}, {})
+    people = read_people(bids_dir, scans, warnings)
     known = {scan.entities.get("subject") for scan in scans}
     scans += [
         ScanResult(f"sub-{label}", {"subject": label}, "missing_input", _NOT_RUN)
-        for label in people
+        for label in people.participants
         if label not in known
     ]
     others = sorted({name for scan in scans for name in scan.entities} - set(_ENTITIES))
@@ -250,14 +251,14 @@ def collect(
         **(_RATED if ratings else {}),
         **_PROVENANCE,
     }
-    joined = {name: f"{name}_participants" if name in columns else name for name in descriptions}
-    for row in rows:
-        person = people.get(row["participant_id"].removeprefix("sub-"), {})
-        row.update({joined[name]: person.get(name) for name in descriptions})
-    columns |= {joined[name]: descriptions[name] for name in descriptions}
+    joined = {name: f"{name}_participants" if name in columns else name for name in people.columns}
+    for number, row in enumerate(rows):
+        told = people.about(scans[number // len(structures)])
+        row.update({joined[name]: told.get(name) for name in people.columns})
+    own = {joined[name]: about for name, about in people.columns.items()}
+    columns |= own
     warnings += _mixtures(scans)
     status = dict(sorted(Counter(scan.status for scan in scans).items()))
-    own = {joined[name]: descriptions[name] for name in descriptions}
     design = choose_design(rows, own, controls)
     return Cohort(
         rows,
@@ -577,47 +578,96 @@ def _mixtures(scans: Iterable[ScanResult]) -> list[str]:
     return found
 
 
-def read_participants(
-    bids_dir: Path, warnings: list[str]
-) -> tuple[dict[str, dict[str, str | None]], dict[str, Row]]:
-    """Read ``participants.tsv`` and its dictionary, as far as they are there.
+@dataclass(frozen=True)
+class People:
+    """What a dataset says of its participants and of their sessions.
+
+    Attributes
+    ----------
+    participants
+        Values by column, by participant label without ``sub-``.
+    sessions
+        The same, by the labels of participant and session.
+    columns
+        The columns with their BIDS descriptions.
+    """
+
+    participants: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    sessions: Mapping[tuple[str, str], Mapping[str, str | None]] = field(default_factory=dict)
+    columns: Mapping[str, Row] = field(default_factory=dict)
+
+    def about(self, scan: ScanResult) -> dict[str, str | None]:
+        """Return what is known of a scan: first of its session, then of the participant."""
+        subject, session = (scan.entities.get(name, "") for name in ("subject", "session"))
+        visit = self.sessions.get((subject, session), {})
+        known = {name: value for name, value in visit.items() if value is not None}
+        return {**self.participants.get(subject, {}), **known}
+
+
+def read_people(bids_dir: Path | None, scans: Iterable[ScanResult], warnings: list[str]) -> People:
+    """Read ``participants.tsv`` and each ``sub-*_sessions.tsv``, as far as they are there.
 
     Parameters
     ----------
     bids_dir
-        The dataset.
+        The dataset, if there is one.
+    scans
+        Those of whose sessions something may be said.
     warnings
-        Told what is wrong with them.
-
-    Returns
-    -------
-    people
-        Values by column, by participant label without ``sub-``.
-    columns
-        The columns with their BIDS descriptions.
+        Told what is wrong with the tables and their dictionaries.
     """
+    if bids_dir is None:
+        return People()
     path = bids_dir / "participants.tsv"
+    people, names = _read_keyed(path, "participant_id", "sub-", warnings)
+    described = _read_descriptions(path.with_suffix(".json"), warnings) if people else {}
+    columns = {
+        name: described.get(name) or {"Description": "From participants.tsv"} for name in names
+    }
+    sessions: dict[tuple[str, str], dict[str, str | None]] = {}
+    described = {}
+    ill: list[str] = []
+    subjects = {scan.entities["subject"] for scan in scans if "session" in scan.entities}
+    for subject in sorted(subjects):
+        path = bids_dir / f"sub-{subject}" / f"sub-{subject}_sessions.tsv"
+        visits, names = _read_keyed(path, "session_id", "ses-", ill)
+        sessions |= {(subject, label): values for label, values in visits.items()}
+        if not described and visits:
+            # One dictionary at the top may stand for all; else they are alike.
+            described = _read_descriptions(bids_dir / "sessions.json", ill)
+            described = described or _read_descriptions(path.with_suffix(".json"), ill)
+        for name in names:
+            if name not in columns:
+                columns[name] = described.get(name) or {"Description": "From sessions.tsv"}
+    if ill:
+        more = f" (and {len(ill) - 1} more of the tables of sessions)" if len(ill) > 1 else ""
+        warnings.append(ill[0] + more)
+    return People(people, sessions, columns)
+
+
+def _read_keyed(
+    path: Path, key: str, prefix: str, warnings: list[str]
+) -> tuple[dict[str, dict[str, str | None]], list[str]]:
+    """Read a table with a row for each label; return the rows by label, and the other columns."""
     try:
         table = list(_read_tsv(path))
     except FileNotFoundError:
-        return {}, {}
+        return {}, []
     except (OSError, ValueError, csv.Error) as problem:
         warnings.append(f"{path}: not joined, it cannot be read ({_one_line(str(problem))})")
-        return {}, {}
-    if not table or "participant_id" not in table[0]:
-        warnings.append(f"{path}: not joined, it has no rows or no column participant_id")
-        return {}, {}
-    names = [name for name in table[0] if name and name != "participant_id"]
-    people: dict[str, dict[str, str | None]] = {}
+        return {}, []
+    if not table or key not in table[0]:
+        warnings.append(f"{path}: not joined, it has no rows or no column {key}")
+        return {}, []
+    names = [name for name in table[0] if name and name != key]
+    found: dict[str, dict[str, str | None]] = {}
     for row in table:
-        label = (row["participant_id"] or "").removeprefix("sub-")
-        if label in people:
-            warnings.append(f"{path}: sub-{label} is listed twice; its first row is used")
+        label = (row[key] or "").removeprefix(prefix)
+        if label in found:
+            warnings.append(f"{path}: {prefix}{label} is listed twice; its first row is used")
         elif label and label != "n/a":
-            people[label] = {name: _text(row[name]) for name in names}
-    described = _read_descriptions(bids_dir / "participants.json", warnings)
-    default = {"Description": "From participants.tsv"}
-    return people, {name: described.get(name) or default for name in names}
+            found[label] = {name: _text(row[name]) for name in names}
+    return found, names
 
 
 def _read_descriptions(path: Path, warnings: list[str]) -> dict[str, Row]:

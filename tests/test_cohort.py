@@ -210,6 +210,42 @@ def test_participants_are_joined_with_their_descriptions(tmp_path: Path) -> None
     assert "status_participants" in described
 
 
+def test_what_a_session_says_comes_before_what_is_said_of_the_participant(tmp_path: Path) -> None:
+    out, bids = tmp_path / "out", tmp_path / "bids"
+    (bids / "sub-01").mkdir(parents=True)
+    (bids / "participants.tsv").write_text(
+        "participant_id\tage\tsex\nsub-01\t63\tF\nsub-02\t70\tM\n"
+    )
+    (bids / "sub-01" / "sub-01_sessions.tsv").write_text(
+        "session_id\tage\tupdrs\nses-1\tn/a\t12\nses-2\t65.5\t19\n"
+    )
+    (bids / "sessions.json").write_text('{"updrs": {"Description": "MDS-UPDRS III"}}')
+    write_scan(out, "01", volumes=both(), entities={"session": "1"})
+    write_scan(out, "01", volumes=both(), entities={"session": "2"})
+    write_scan(out, "02", volumes=both())
+    cohort = write_group(out, bids)
+    assert not cohort.warnings
+    rows = read(out / "group_morph.tsv")[::2]
+    assert [(row["age"], row["sex"], row["updrs"]) for row in rows] == [
+        ("63", "F", "12"),
+        ("65.5", "F", "19"),
+        ("70", "M", "n/a"),
+    ]
+    described = json.loads((out / "group_morph.json").read_text())
+    assert described["updrs"] == {"Description": "MDS-UPDRS III"}
+
+
+def test_unusable_tables_of_sessions_are_one_warning(tmp_path: Path) -> None:
+    out, bids = tmp_path / "out", tmp_path / "bids"
+    for label in ("01", "02"):
+        (bids / f"sub-{label}").mkdir(parents=True)
+        (bids / f"sub-{label}" / f"sub-{label}_sessions.tsv").write_text("visit\tage\n1\t60\n")
+        write_scan(out, label, volumes=both(), entities={"session": "1"})
+    (warning,) = collect(out, bids).warnings
+    assert "sub-01_sessions.tsv: not joined" in warning
+    assert "1 more" in warning
+
+
 @pytest.mark.parametrize(
     ("text", "warning"),
     [

@@ -18,7 +18,7 @@ from fdl_bidsapp.cohort import (
     RATINGS,
     Cohort,
     ScanResult,
-    read_participants,
+    read_people,
     read_results,
 )
 from fdl_bidsapp.descriptive import Curve, number
@@ -71,12 +71,12 @@ class Surroundings:
 
     Attributes
     ----------
-    person
-        Columns of ``participants.tsv`` and their values.
+    people
+        What the dataset says of each scan's participant and session, by scan and column.
     curves
         Normal ranges by age, by abbreviation and measure.
-    age
-        In years, where it is known.
+    ages
+        In years, by scan, where they are known.
     outliers
         Measures that are far from the cohort's, by scan and abbreviation.
     compared
@@ -85,13 +85,28 @@ class Surroundings:
         Names of the neighbours' folders.
     """
 
-    person: Mapping[str, Any] = field(default_factory=dict)
+    people: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     curves: Mapping[tuple[str, str], Curve] = field(default_factory=dict)
-    age: float | None = None
+    ages: Mapping[str, float | None] = field(default_factory=dict)
     outliers: Mapping[tuple[str, str], str] = field(default_factory=dict)
     compared: bool = False
     previous: str = ""
     next: str = ""
+
+    def person(self) -> Row:
+        """Return what holds for all of the participant's scans."""
+        first, *others = self.people.values() or [{}]
+        return {
+            name: value
+            for name, value in first.items()
+            if value is not None and all(other.get(name) == value for other in others)
+        }
+
+    def visit(self, scan: str) -> Row:
+        """Return what holds for this scan, but not for all of the participant's."""
+        shared = self.person()
+        own = self.people.get(scan, {})
+        return {name: own[name] for name in own if own[name] is not None and name not in shared}
 
 
 def write_participants(
@@ -106,17 +121,18 @@ def write_participants(
     labels
         Participants, without ``sub-``; those without output are passed over.
     bids_dir
-        Dataset whose ``participants.tsv`` says who they are.
+        Dataset whose ``participants.tsv`` says who they are, and their ``sessions.tsv`` more.
 
     Returns
     -------
     list of Path
         The pages.
     """
-    people = read_participants(bids_dir, [])[0] if bids_dir else {}
+    results = read_results(out, labels)
+    people = read_people(bids_dir, results, [])
     written = []
-    for folder, scans in _by_folder(read_results(out, labels)):
-        about = Surroundings(people.get(folder.removeprefix("sub-"), {}))
+    for folder, scans in _by_folder(results):
+        about = Surroundings({scan.name: people.about(scan) for scan in scans})
         written.append(_write(out, folder, scans, about))
     return written
 
@@ -130,24 +146,25 @@ def write_cohort_participants(out: Path, cohort: Cohort) -> list[Path]:
         The pages.
     """
     curves = {(curve.abbreviation, curve.measure): curve for curve in cohort.curves}
-    people: dict[str, Row] = {}
+    first: dict[str, Row] = {}
     outliers = {}
     structures = len(cohort.rows) // max(len(cohort.results), 1)
     for place, row in enumerate(cohort.rows):
-        people.setdefault(row["participant_id"], row)
+        name = cohort.results[place // structures].name
+        first.setdefault(name, row)
         if row["qc_outlier"] not in (None, "none"):
-            name = cohort.results[place // structures].name
             outliers[name, row["abbreviation"]] = row["qc_outlier"]
     # In the cohort's order, in which sub-2 stands before sub-10.
     groups = list(_by_folder(scan for scan in cohort.results if scan.folder))
     folders = ["", *(folder for folder, _ in groups), ""]
     written = []
     for (folder, scans), before, after in zip(groups, folders, folders[2:], strict=False):
-        row = people.get(folder, {})
+        rows = {scan.name: first[scan.name] for scan in scans}
+        age = cohort.design.age
         about = Surroundings(
-            {name: row.get(name) for name in cohort.people},
+            {scan: {name: row[name] for name in cohort.people} for scan, row in rows.items()},
             curves,
-            number(row.get(cohort.design.age)) if cohort.design.age else None,
+            {scan: number(row[age]) for scan, row in rows.items()} if age else {},
             outliers,
             True,
             before,
@@ -222,7 +239,7 @@ def participant_page(
         {"columns": RATING_COLUMNS, "file": f"{folder}_ratings.tsv"},
         title=folder,
         summary=_counts(scans),
-        person=[(name, value) for name, value in about.person.items() if value is not None][:12],
+        person=list(about.person().items())[:12],
         scans=views,
         overview=_overview(done, scans),
         change=_change(done, figures) if len(done) > 1 else None,
@@ -344,6 +361,7 @@ def _scan_view(
         "title": title,
         "heading": heading if not alone else "The scan" if heading == "Scan" else heading,
         "status": scan.status,
+        "visit": list(about.visit(scan.name).items())[:12],
         "error": error,
         "inputs": inputs,
         "absent": _absent(record) if scan.status == "ok" else "",
@@ -499,18 +517,19 @@ def _measures(scan: ScanResult, about: Surroundings) -> Row:
         for value in (row["qc_mean_probability"], row["confidence"])[: 1 + calibrated]:
             cells.append({"text": "n/a" if value is None else f"{value:.2f}", "out": False})
         rows.append({"name": row["name"], "cells": cells})
-    return {"columns": columns, "rows": rows, "caption": _measures_caption(ranges, about)}
+    return {"columns": columns, "rows": rows, "caption": _measures_caption(scan, ranges, about)}
 
 
 def _ranges(scan: ScanResult, about: Surroundings) -> dict[str, dict[str, tuple[float, float]]]:
     """Return the 5th and 95th percentile of controls of this age, by measure and structure."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
-    if about.age is None:
+    age = about.ages.get(scan.name)
+    if age is None:
         return found
     for row in scan.measures:
         for measure in ("volume", "qsm_mean", "r2star_mean"):
             curve = about.curves.get((row["abbreviation"], measure))
-            quantiles = curve.at(about.age) if curve else None
+            quantiles = curve.at(age) if curve else None
             if quantiles:
                 found.setdefault(measure, {})[row["abbreviation"]] = (
                     quantiles["p05"],
@@ -519,19 +538,20 @@ def _ranges(scan: ScanResult, about: Surroundings) -> dict[str, dict[str, tuple[
     return found
 
 
-def _measures_caption(ranges: Mapping[str, Any], about: Surroundings) -> str:
+def _measures_caption(scan: ScanResult, ranges: Mapping[str, Any], about: Surroundings) -> str:
+    age = about.ages.get(scan.name)
     far = "" if not about.compared else " Marked: outside of it, or far from the cohort's median."
     if ranges:
         n = min(curve.n for curve in about.curves.values())
         return (
-            f"Normal: 5th to 95th percentile of this cohort's controls at age {about.age:g} "
+            f"Normal: 5th to 95th percentile of this cohort's controls at age {age:g} "
             f"(n = {n} or more).{far}"
         )
     if not about.compared:
         return "The group level adds the cohort's normal range, where there are controls enough."
     if not about.curves:
         return f"No normal range: the cohort has fewer than 20 controls of known age.{far}"
-    if about.age is None:
+    if age is None:
         return f"No normal range: the participant's age is not known.{far}"
     return f"No normal range: no control is as young or as old.{far}"
 

@@ -257,6 +257,26 @@ def test_the_cohort_adds_the_normal_range_and_the_neighbours(output: Any) -> Non
     assert "participant's age is not known" in Page(output.out / "sub-91.html").words
 
 
+def test_each_session_is_compared_at_its_own_age(output: Any) -> None:
+    lines = ["participant_id,age,sex,diagnosis"]
+    for k in range(30):
+        output.add(f"{k:02d}", {"RNL": 200.0 + k + 5 * (-1) ** k, "RNR": 210.0})
+        lines.append(f"sub-{k:02d},{40 + k},F,control")
+    output.add("90", PAIR, session="1")
+    output.add("90", PAIR, session="2")
+    output.participants(*lines, "sub-90,50,M,PD")
+    (output.bids / "sub-90").mkdir()
+    table = "session_id\tage\nses-1\t50\nses-2\t57\n"
+    (output.bids / "sub-90" / "sub-90_sessions.tsv").write_text(table)
+    words = page(output, "90").words
+    assert "sex M, diagnosis PD" in words
+    assert "ses-2 age 57" in words
+    write_cohort_participants(output.out, collect(output.out, output.bids))
+    words = Page(output.out / "sub-90.html").words
+    assert "controls at age 50 (n = 30 or more)" in words
+    assert "controls at age 57 (n = 30 or more)" in words
+
+
 def test_a_page_takes_a_fraction_of_a_second(output: Any) -> None:
     import time
 
