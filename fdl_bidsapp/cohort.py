@@ -72,6 +72,12 @@ _COMPUTED: dict[str, Row] = {
         "Units": "mm^3",
     },
     "volume_fraction": {"Description": "Volume of the structure divided by that of the brain"},
+    "qsm_brain_mean": {
+        "Description": "Magnetic susceptibility: mean over the brain mask that came with the scan, "
+        "where the map is not 0; subtracted from a structure's, it gives its value relative to "
+        "the whole brain",
+        "Units": "ppm",
+    },
     "qc_asymmetry": {
         "Description": "Difference between the left and the right volume over their mean; the "
         "same on both rows of a pair",
@@ -164,6 +170,8 @@ class ScanResult:
         Versions, model, target, inputs.
     brain_volume
         mm³.
+    brain_qsm
+        Mean susceptibility of the brain, ppm.
     measures
         Rows of its table.
     record
@@ -178,6 +186,7 @@ class ScanResult:
     error: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     brain_volume: float | None = None
+    brain_qsm: float | None = None
     measures: tuple[Row, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     folder: str = ""
@@ -380,6 +389,7 @@ def _read_scan(stem: Path) -> ScanResult:
             error=_one_line(record["Error"]["Cause"]) if record.get("Error") else None,
             provenance=_provenance(record),
             brain_volume=_number(record.get("BrainVolume")),
+            brain_qsm=_number(record.get("BrainQSM")),
             record={key: value for key, value in record.items() if key not in COLUMNS},
         )
         if scan.status not in _STATUS["status"]["Levels"]:
@@ -444,6 +454,7 @@ def _rows(scan: ScanResult, structures: Sequence[Row], others: Sequence[str]) ->
         volume = row["volume"]
         brain = row["brain_volume"] = scan.brain_volume
         row["volume_fraction"] = volume / brain if brain and volume is not None else None
+        row["qsm_brain_mean"] = scan.brain_qsm
         row["qc_asymmetry"] = _asymmetry(
             volumes.get((row["structure"], "L")), volumes.get((row["structure"], "R"))
         )

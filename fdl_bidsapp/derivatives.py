@@ -311,6 +311,7 @@ def _record(
         ],
         "VoxelVolume": voxel,
         "BrainVolume": images.brain_volume if images else None,
+        "BrainQSM": images.brain_qsm if images else None,
         "Notes": list(images.notes if images else scan.notes),
         "Key": provenance.key,
         **COLUMNS,

@@ -85,6 +85,8 @@ class ScanImages:
         Conversions, stand-ins, resampling.
     brain_volume
         mm³, from the scan's brain mask; ``None`` without one.
+    brain_qsm
+        Mean susceptibility over the brain mask where the map is not 0, ppm; ``None`` without both.
     """
 
     target: str
@@ -92,6 +94,7 @@ class ScanImages:
     affine: Array
     notes: tuple[str, ...] = ()
     brain_volume: float | None = None
+    brain_qsm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -273,8 +276,11 @@ def read_scan(scan: Scan, target: str, allowed: Sequence[str]) -> ScanImages:
             image = resample(image, reference.shape, reference.affine)
             notes.append(f"{source.contrast} was resampled to the grid of {chosen}")
         maps[source.contrast] = np.asarray(image.dataobj, np.float32)
-    volume = _brain_volume(scan.brain_mask, notes) if scan.brain_mask else None
-    return ScanImages(chosen, maps, np.asarray(reference.affine, float), tuple(notes), volume)
+    affine = np.asarray(reference.affine, float)
+    volume = mean = None
+    if scan.brain_mask:
+        volume, mean = _brain(scan.brain_mask, maps.get("qsm"), reference, notes)
+    return ScanImages(chosen, maps, affine, tuple(notes), volume, mean)
 
 
 def _source(scan: Scan, contrast: str) -> Source:
@@ -806,7 +812,7 @@ def to_standard(
 def save_images(path: str, images: ScanImages) -> None:
     """Keep a scan's images as an ``.npz`` file."""
     arrays: dict[str, Array] = {f"map_{name}": data for name, data in images.maps.items()}
-    volume = np.nan if images.brain_volume is None else images.brain_volume
+    brain = [np.nan if v is None else v for v in (images.brain_volume, images.brain_qsm)]
     notes = np.array(images.notes, dtype=np.str_)
     np.savez(
         path,
@@ -814,7 +820,7 @@ def save_images(path: str, images: ScanImages) -> None:
         target=np.str_(images.target),
         affine=images.affine,
         notes=notes,
-        brain_volume=volume,
+        brain=brain,
         **arrays,
     )
 
@@ -822,13 +828,14 @@ def save_images(path: str, images: ScanImages) -> None:
 def load_images(path: str) -> ScanImages:
     """Read what :func:`save_images` kept."""
     with np.load(path, allow_pickle=False) as file:
-        volume = float(file["brain_volume"])
+        volume, mean = (None if np.isnan(v) else float(v) for v in file["brain"])
         return ScanImages(
             str(file["target"]),
             _maps(file),
             file["affine"],
             tuple(str(note) for note in file["notes"]),
-            None if np.isnan(volume) else volume,
+            volume,
+            mean,
         )
 
 
@@ -864,11 +871,26 @@ def _maps(file: Mapping[str, Array]) -> dict[str, Array]:
     return {name[4:]: file[name] for name in file if name.startswith("map_")}
 
 
-def _brain_volume(path: Path, notes: list[str]) -> float | None:
+def _brain(
+    path: Path, qsm: Array | None, reference: nib.Nifti1Image, notes: list[str]
+) -> tuple[float | None, float | None]:
+    """Return the volume of a brain mask, and the mean of the susceptibility in it."""
     try:
         image = load_image(path).image
     except (ImageError, InputMissingError) as error:
         notes.append(f"the brain volume is not known: {error}")
-        return None
+        return None, None
     voxel = float(abs(np.linalg.det(image.affine[:3, :3])))
-    return float(np.count_nonzero(np.asarray(image.dataobj) > 0.5)) * voxel
+    volume = float(np.count_nonzero(np.asarray(image.dataobj) > 0.5)) * voxel
+    if qsm is None:
+        return volume, None
+    if not same_grid(image, reference):
+        if not (_in_scanner_space(image) and _in_scanner_space(reference)):
+            notes.append(
+                "the mean susceptibility of the brain is not known: the grid of the brain mask "
+                "differs and the headers do not say how the two lie in the scanner"
+            )
+            return volume, None
+        image = resample(image, reference.shape, reference.affine)
+    inside = qsm[(np.asarray(image.dataobj) > 0.5) & (qsm != 0)]
+    return volume, float(inside.mean(dtype=float)) if inside.size else None

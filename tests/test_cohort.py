@@ -42,6 +42,7 @@ def write_scan(
         "InputsUsed": {"qsm": [f"bids:raw:sub-{subject}/anat/sub-{subject}_Chimap.nii"]},
         "VoxelVolume": 0.5,
         "BrainVolume": 1_000_000,
+        "BrainQSM": -0.004,
         "Notes": [],
     }
     if volumes:
@@ -87,6 +88,7 @@ def test_long_table_has_each_scan_and_structure(tmp_path: Path) -> None:
     assert (rows[0]["session_id"], rows[0]["acquisition"], rows[0]["run"]) == ("n/a",) * 3
     assert (rows[2]["session_id"], rows[2]["acquisition"]) == ("ses-1", "hr")
     assert rows[0]["volume_fraction"] == "0.00015"
+    assert rows[0]["qsm_brain_mean"] == "-0.004"
     assert rows[0]["qsm_mean"] == "0.123456"
     assert rows[0]["inputs_used"] == "qsm=bids:raw:sub-01/anat/sub-01_Chimap.nii"
     assert (rows[0]["model_name"], rows[0]["target"], rows[0]["voxel_volume"]) == (
@@ -101,8 +103,16 @@ def test_columns_stand_in_the_agreed_order(tmp_path: Path) -> None:
     assert list(collect(tmp_path).columns) == [
         *("participant_id", "session_id", "acquisition", "run", "reconstruction", "status"),
         *COLUMNS,
-        *("brain_volume", "volume_fraction", "qc_asymmetry", "qc_outlier", "app_version"),
-        *("model_name", "model_sha256", "target", "inputs_used", "voxel_volume", "error"),
+        *("brain_volume", "volume_fraction", "qsm_brain_mean", "qc_asymmetry", "qc_outlier"),
+        *(
+            "app_version",
+            "model_name",
+            "model_sha256",
+            "target",
+            "inputs_used",
+            "voxel_volume",
+            "error",
+        ),
     ]
 
 

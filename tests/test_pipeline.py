@@ -111,6 +111,25 @@ def test_the_brain_volume_comes_from_the_mask(tmp_path, write):
     assert any("brain volume is not known" in note for note in images.notes)
 
 
+def test_the_brain_s_mean_susceptibility_is_told(tmp_path, write):
+    qsm, path = write("qsm"), tmp_path / "mask.nii"
+    values = np.tile(np.linspace(-0.1, 0.3, 32, dtype=np.float32), (32, 32, 1))
+    values[:6] = 0
+    nib.Nifti1Image(values, np.eye(4)).to_filename(qsm.paths[0])
+    for shape, size in ((32, 1.0), (16, 2.0)):
+        # From 4 to 27, where the map is not 0.
+        mask = np.zeros((shape,) * 3, np.uint8)
+        mask[(slice(shape // 8, -shape // 8),) * 3] = 1
+        affine = np.diag([size, size, size, 1])
+        affine[:3, 3] = (size - 1) / 2
+        nib.Nifti1Image(mask, affine).to_filename(path)
+        images = read_scan(Scan((), (qsm,), brain_mask=path), "auto", ALL)
+        assert images.brain_qsm == pytest.approx(values[6, 0, 4:28].mean())
+    assert read_scan(Scan((), (qsm,)), "auto", ALL).brain_qsm is None
+    other = Scan((), (write("imag"),), brain_mask=path)
+    assert read_scan(other, "auto", ALL).brain_qsm is None
+
+
 def test_a_target_without_contrast_is_refused_by_name(tmp_path, write):
     source = write("qsm")
     data = np.zeros((32, 32, 32), np.float32)
@@ -132,8 +151,9 @@ def test_images_and_canvas_survive_the_way_through_a_file(tmp_path, write):
     assert (read.target, read.notes, read.brain_volume) == ("qsm", images.notes, None)
     np.testing.assert_array_equal(read.affine, images.affine)
     np.testing.assert_equal(read.maps, images.maps)
-    save_images(path, replace(images, brain_volume=12.5))
-    assert load_images(path).brain_volume == 12.5
+    save_images(path, replace(images, brain_volume=12.5, brain_qsm=-0.01))
+    read = load_images(path)
+    assert (read.brain_volume, read.brain_qsm) == (12.5, -0.01)
     save_canvas(path, canvas)
     again = load_canvas(path)
     np.testing.assert_equal(vars(again), vars(canvas))
