@@ -40,6 +40,9 @@ OUTLIER_ABOVE = 3.5
 OUTLIER_SCANS = 10
 """Fewest scans from which a median and a spread are worth comparing with."""
 
+SAME_FIELD = 1.1
+"""Ratio up to which two field strengths are called the same."""
+
 OUTLIER_MEASURES = ("volume", "qsm_mean", "r2star_mean")
 
 _NOT_RUN = "no output found: run the participant level"
@@ -113,6 +116,9 @@ _PROVENANCE: dict[str, Row] = {
     "target": {"Description": "Contrast that was segmented"},
     "inputs_used": {"Description": "Input images as BIDS URIs: contrast=URI,URI;contrast=URI"},
     "voxel_volume": {"Description": "Volume of a voxel of the scan", "Units": "mm^3"},
+    "field_strength": {"Description": "Strength of the scanner's field", "Units": "T"},
+    "scanner_manufacturer": {"Description": "Manufacturer of the scanner"},
+    "scanner_model": {"Description": "Model of the scanner, as its manufacturer calls it"},
     "error": {"Description": "Why there is no segmentation"},
 }
 
@@ -436,6 +442,9 @@ def _provenance(record: Mapping[str, Any]) -> Row:
         "target": record.get("Target"),
         "inputs_used": ";".join(f"{name}={','.join(uris)}" for name, uris in used.items()) or None,
         "voxel_volume": _number(record.get("VoxelVolume")),
+        "field_strength": _number(record.get("MagneticFieldStrength")),
+        "scanner_manufacturer": record.get("Manufacturer"),
+        "scanner_model": record.get("ManufacturersModelName"),
     }
 
 
@@ -586,6 +595,13 @@ def _mixtures(scans: Iterable[ScanResult]) -> list[str]:
                 f"the table mixes {len(values)} {words} ({', '.join(v[:12] for v in values)}): "
                 "compare scans within one, or run all scans alike"
             )
+    fields = sorted({each["field_strength"] for each in finished if each["field_strength"]})
+    # Some scanners say 2.89 T where others say 3.
+    if fields and fields[-1] > SAME_FIELD * fields[0]:
+        found.append(
+            f"the scans are of different field strengths ({fields[0]:g} to {fields[-1]:g} T): R2* "
+            "and what is seen of a nucleus grow with the field, so compare within one, or model it"
+        )
     return found
 
 

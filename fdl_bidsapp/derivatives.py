@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from fdl_bidsapp import __version__
-from fdl_bidsapp.bids.inputs import Scan
+from fdl_bidsapp.bids.inputs import Scan, scanner_of
 from fdl_bidsapp.bids.outputs import (
     alone,
     atomic_write,
@@ -310,6 +310,7 @@ def _record(
             output_path("", scan.entities, made.kind, **made.entities).name for made in maps
         ],
         "VoxelVolume": voxel,
+        **scanner_of(scan),
         "BrainVolume": images.brain_volume if images else None,
         "BrainQSM": images.brain_qsm if images else None,
         "Notes": list(images.notes if images else scan.notes),

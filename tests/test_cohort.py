@@ -111,6 +111,9 @@ def test_columns_stand_in_the_agreed_order(tmp_path: Path) -> None:
             "target",
             "inputs_used",
             "voxel_volume",
+            "field_strength",
+            "scanner_manufacturer",
+            "scanner_model",
             "error",
         ),
     ]
@@ -384,6 +387,19 @@ def test_mixed_models_and_versions_are_warned_of(tmp_path: Path) -> None:
         "the table mixes 2 models ",
         "the table mixes 2 target contrasts ",
     ]
+
+
+def test_different_field_strengths_are_told_and_warned_of(tmp_path: Path) -> None:
+    write_scan(tmp_path, "01", volumes=both(), MagneticFieldStrength=3, Manufacturer="A")
+    write_scan(tmp_path, "02", volumes=both(), MagneticFieldStrength=2.89)
+    write_scan(tmp_path, "03", volumes=both())
+    assert collect(tmp_path).warnings == ()
+    write_scan(tmp_path, "04", volumes=both(), MagneticFieldStrength=7.0)
+    cohort = collect(tmp_path)
+    assert [row["field_strength"] for row in cohort.rows[::2]] == [3, 2.89, None, 7]
+    assert [row["scanner_manufacturer"] for row in cohort.rows[:4:2]] == ["A", None]
+    (warning,) = cohort.warnings
+    assert "different field strengths (2.89 to 7 T)" in warning
 
 
 def test_folder_without_results_says_what_to_run(tmp_path: Path) -> None:

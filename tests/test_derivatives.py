@@ -89,6 +89,7 @@ def test_the_record_says_what_was_used_and_measured(tmp_path, scan, images, segm
     assert content["Target"] == "qsm"
     assert content["VoxelVolume"] == 2
     assert content["BrainVolume"] == 1234.5
+    assert content["MagneticFieldStrength"] is None
     assert content["Notes"] == ["a note"]
     assert set(COLUMNS) <= set(content)
     header, *rows = output_path(out, scan.entities, "morph").read_text().splitlines()

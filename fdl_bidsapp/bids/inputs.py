@@ -2,6 +2,7 @@
 
 The file names looked for stand in ``io_spec.json``, in order of preference. Files are found with
 pybids; only file names are indexed, and of the sidecars only those of multi-echo sets are read.
+Which scanner a scan is of is read from its sidecars when it is asked for.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +48,12 @@ LONGEST_ECHO_TIME = 1.0
 
 STRONGEST_FIELD = 30.0
 """Tesla; a larger number is in another unit, such as MHz."""
+
+SCANNER = ("MagneticFieldStrength", "Manufacturer", "ManufacturersModelName")
+"""What :func:`scanner_of` tells, by its BIDS names."""
+
+LONGEST_NAME = 80
+"""Characters of a scanner's name that are kept."""
 
 
 _DESCRIPTION = 'give it at least {"Name": "…", "BIDSVersion": "1.10.0"}, and GeneratedBy as a list'
@@ -103,6 +111,8 @@ class Scan:
         Why this scan cannot be processed; ``None`` where it can.
     notes
         What was decided on the way, for the record.
+    files
+        Everything that may be a contrast of this scan, each with the root of its dataset.
     """
 
     entities: Entities
@@ -110,6 +120,7 @@ class Scan:
     brain_mask: Path | None = None
     error: FdlError | None = None
     notes: tuple[str, ...] = ()
+    files: tuple[tuple[Path, Path], ...] = ()
 
     @property
     def subject(self) -> str:
@@ -348,6 +359,7 @@ def find_scans(
         The index cannot be written or read.
     """
     datasets = open_datasets(bids_dir, derivatives, validate=validate)
+    _sidecars.cache_clear()
     notes: list[str] = []
     filters = _checked_filters(bids_filters or {})
     subjects = {_bare(label, "sub") for label in participant_labels}
@@ -503,7 +515,14 @@ class _Candidates:
                     break
         if not sources and error is None:
             return None
-        return Scan(key, tuple(sources), self._brain_mask(key), error, tuple(notes))
+        # Those that are read come first.
+        used = {path: number for number, one in enumerate(sources) for path in one.paths}
+        candidates = {
+            file.path: file.dataset.root for found in self.scans[key].values() for file in found
+        }
+        ordered = sorted(candidates.items(), key=lambda each: used.get(each[0], len(used)))
+        mask = self._brain_mask(key)
+        return Scan(key, tuple(sources), mask, error, tuple(notes), tuple(ordered))
 
     def _brain_mask(self, key: Entities) -> Path | None:
         # The closest mask is the one that shares most entities with the scan, none in conflict.
@@ -593,7 +612,7 @@ def _echo_number(file: _File) -> int:
 def _phase_metadata(magnitude: _File, phase: _File) -> tuple[float, str, str | None]:
     """Read B0 in tesla and the phase's unit; the third value says why they cannot be used."""
     try:
-        about, theirs = _metadata(magnitude), _metadata(phase)
+        about, theirs = (_metadata(file.path, file.dataset.root) for file in (magnitude, phase))
     except ValueError as error:
         return 0.0, "", str(error)
     value = about.get("MagneticFieldStrength", theirs.get("MagneticFieldStrength"))
@@ -610,7 +629,7 @@ def _echo_times(echoes: Sequence[_File]) -> tuple[tuple[float, ...], str | None]
     times: list[float] = []
     for file in echoes:
         try:
-            value = _metadata(file).get("EchoTime")
+            value = _metadata(file.path, file.dataset.root).get("EchoTime")
         except ValueError as error:
             return (), str(error)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -624,17 +643,51 @@ def _echo_times(echoes: Sequence[_File]) -> tuple[tuple[float, ...], str | None]
     return tuple(times), None
 
 
-def _metadata(file: _File) -> dict[str, Any]:
-    """Merge the sidecars that apply to a file by the inheritance principle.
+def scanner_of(scan: Scan) -> dict[str, float | str | None]:
+    """Tell which scanner a scan is of, as far as the sidecars of its files say.
+
+    Returns
+    -------
+    dict
+        A value for each name of `SCANNER`, the field strength in tesla; ``None`` where no sidecar
+        has one that makes sense.
+    """
+    found: dict[str, float | str | None] = dict.fromkeys(SCANNER)
+    for path, root in scan.files:
+        # A sidecar that cannot be read says nothing; where it is needed, that is an error.
+        with suppress(ValueError):
+            about = _metadata(path, root)
+            for name in SCANNER:
+                if found[name] is None:
+                    understood = _tesla if name == "MagneticFieldStrength" else _name
+                    found[name] = understood(about.get(name))
+        if None not in found.values():
+            break
+    return found
+
+
+def _tesla(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 < value < STRONGEST_FIELD else None
+
+
+def _name(value: object) -> str | None:
+    return " ".join(value.split())[:LONGEST_NAME] or None if isinstance(value, str) else None
+
+
+def _metadata(path: Path, root: Path) -> dict[str, Any]:
+    """Merge the sidecars in a dataset that apply to a file by the inheritance principle.
 
     Raises
     ------
     ValueError
         A sidecar is not a JSON object, or cannot be read.
     """
-    own = {name: value for name, value in file.entities.items() if name != "extension"}
-    folders = [file.path.parent, *file.path.parent.parents]
-    folders = folders[: folders.index(file.dataset.root) + 1]
+    own = parse_name(path.name)
+    del own["extension"]
+    folders = [path.parent, *path.parent.parents]
+    folders = folders[: folders.index(root) + 1]
     merged: dict[str, Any] = {}
     for folder in reversed(folders):
         applying = []
@@ -654,8 +707,10 @@ def _metadata(file: _File) -> dict[str, Any]:
     return merged
 
 
-def _sidecars(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob("*.json")]
+# The root of a dataset may hold tens of thousands of folders, and is asked for each file.
+@lru_cache(maxsize=16)
+def _sidecars(folder: Path) -> tuple[str, ...]:
+    return tuple(path.name for path in folder.glob("*.json"))
 
 
 def _scan_key(entities: Mapping[str, str], query: Mapping[str, Any]) -> Entities:

@@ -40,6 +40,12 @@ MEASURES = {
 }
 """What can be plotted: title, unit, digits."""
 
+MAY_DIFFER = (
+    *("app_version", "model_name", "target"),
+    *("field_strength", "scanner_manufacturer", "scanner_model"),
+)
+"""Columns that are shown where the scans differ in them."""
+
 MOST_GROUPS = 12
 """Values of a column up to which it can group the plots."""
 
@@ -192,7 +198,7 @@ def _columns(cohort: Cohort, structures: int) -> tuple[list[Row], list[str]]:
     titles = {"participant_id": "Participant", "session_id": "Session"}
     mixed = [
         name
-        for name in ("app_version", "model_name", "target")
+        for name in MAY_DIFFER
         if len({row[name] for row in first if row[name] is not None}) > 1
     ]
     columns, left_out, room = [], [], COLUMN_BYTES

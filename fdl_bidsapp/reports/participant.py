@@ -419,6 +419,11 @@ def _origin(scan: ScanResult) -> list[tuple[str, str]]:
         "Segmented contrast": CONTRASTS.get(str(record.get("Target")), (record.get("Target"),))[0],
         "Voxel (mm)": " × ".join(size),
         "Brain volume (mm³)": f"{scan.brain_volume:.0f}" if scan.brain_volume else None,
+        "Scanner": ", ".join(
+            f"{value:g} T" if name == "field_strength" else str(value)
+            for name in ("scanner_manufacturer", "scanner_model", "field_strength")
+            if (value := scan.provenance.get(name))
+        ),
     }
     return [(name, str(value)) for name, value in values.items() if value]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fdl_bidsapp.bids.inputs import Scan, find_scans, open_datasets
+from fdl_bidsapp.bids.inputs import Scan, find_scans, open_datasets, scanner_of
 from fdl_bidsapp.errors import (
     AmbiguousInputError,
     InputMissingError,
@@ -186,6 +186,26 @@ def test_echoes_that_cannot_be_fitted_still_give_magnitude(
     assert scan.get("r2star") is None
     assert scan.get("imag") is not None
     assert sum(reason in note for note in scan.notes) == 1
+
+
+def test_the_sidecars_say_which_scanner_it_was(tmp_path: Path) -> None:
+    raw, maps = tmp_path / "raw", tmp_path / "maps"
+    make_echoes(raw, "MEGRE", [0.004, 0.008])
+    (raw / "MEGRE.json").write_text('{"MagneticFieldStrength": 3, "Manufacturer": " Some\\tone "}')
+    make_dataset(maps, "sub-01_Chimap.nii.gz", "sub-01_R2starmap.nii.gz", derivative=True)
+    scan = only_scan(raw, derivatives=[("maps", maps)])
+    said = {"MagneticFieldStrength": 3.0, "Manufacturer": "Some one"}
+    assert scanner_of(scan) == said | {"ManufacturersModelName": None}
+    # What is segmented comes before what is not.
+    own = {"MagneticFieldStrength": 7, "ManufacturersModelName": "One", "Manufacturer": 5}
+    (maps / "Chimap.json").write_text(json.dumps(own))
+    scan = only_scan(raw, derivatives=[("maps", maps)])
+    assert scanner_of(scan) == {**own, "Manufacturer": "Some one"}
+    for wrong in ('"3T"', "true", "123.2", "-3", "null"):
+        (maps / "Chimap.json").write_text(f'{{"MagneticFieldStrength": {wrong}}}')
+        assert scanner_of(scan)["MagneticFieldStrength"] == 3
+    (maps / "Chimap.json").write_text("{")
+    assert scanner_of(scan)["MagneticFieldStrength"] == 3
 
 
 def test_a_broken_sidecar_is_named_in_a_note(tmp_path: Path) -> None:

@@ -103,6 +103,12 @@ def test_every_way_to_a_contrast_has_words() -> None:
     assert {one["derivation"] for ways in contrasts for one in ways} <= set(DERIVATIONS)
 
 
+def test_the_scanner_is_told(output: Any) -> None:
+    told = {"MagneticFieldStrength": 3.0, "Manufacturer": "Maker & Sons"}
+    output.add("01", PAIR, **told)
+    assert "Scanner Maker & Sons, 3 T" in page(output).words
+
+
 def test_flags_are_told_in_words(output: Any) -> None:
     output.add("01", PAIR, cells={"qc_flag": "fragmented;low_probability"})
     words = page(output).words
