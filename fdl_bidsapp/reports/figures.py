@@ -281,6 +281,16 @@ class _Plots:
         assert self.design.age is not None
         age = self.design.age
         self._points(axes, abbreviation, lambda row: number(row[age]), lambda row: row[measure])
+        for group in self.groups:
+            scans: dict[str, list[tuple[float, float]]] = {}
+            for row in self._of(abbreviation, group):
+                years = number(row[age])
+                if years is not None and row[measure] is not None:
+                    scans.setdefault(row["participant_id"], []).append((years, row[measure]))
+            for points in scans.values():
+                if len({years for years, _ in points}) > 1:
+                    colour, _ = self.styles[group]
+                    axes.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=0.5)
         if curve := self.curves.get((abbreviation, measure)):
             lines = curve.quantiles
             axes.fill_between(curve.age, lines["p25"], lines["p75"], color="0.85", zorder=0)

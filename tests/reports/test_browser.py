@@ -136,6 +136,31 @@ def test_every_plot_is_drawn_without_scrolling_there(driver: Chrome, pages: Path
     assert complaints(driver) == []
 
 
+def test_a_participant_s_sessions_are_joined_by_a_line(
+    driver: Chrome, tmp_path: Path, make_output: Any
+) -> None:
+    output = make_output(tmp_path)
+    for session, volume in (("1", 200.0), ("2", 300.0)):
+        output.add("01", {"RNL": volume, "RNR": volume}, session=session)
+    output.add("02", {"RNL": 210.0, "RNR": 210.0})
+    output.participants("participant_id,age", "sub-01,50", "sub-02,51")
+    (output.bids / "sub-01").mkdir()
+    table = "session_id\tage\nses-1\t50\nses-2\t60\n"
+    (output.bids / "sub-01" / "sub-01_sessions.tsv").write_text(table)
+    cohort = collect(output.out, output.bids)
+    write_group_page(output.out, cohort)
+    open_page(driver, Path(output.out) / "group_morph.html")
+    time.sleep(1.0)
+    # Between the points there is nothing but the line.
+    coloured = driver.execute_script(
+        "const c=document.querySelector('[data-plot=age] canvas'), w=Math.floor(c.width/2);"
+        "const d=c.getContext('2d').getImageData(w,0,Math.floor(w/3),c.height).data;let n=0;"
+        "for(let i=0;i<d.length;i+=4) if(d[i+3]&&Math.abs(d[i]-d[i+2])>40) n++;return n"
+    )
+    assert coloured > 30
+    assert complaints(driver) == []
+
+
 def test_the_table_sorts_and_filters(driver: Chrome, pages: Path) -> None:
     open_page(driver, pages / "group_morph.html")
     heads = driver.find_elements(By.CSS_SELECTOR, "#rows thead th")

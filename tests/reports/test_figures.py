@@ -46,6 +46,20 @@ def test_figures_made_again_are_the_same(table: Path, tmp_path: Path) -> None:
     assert first == second
 
 
+def test_a_participant_s_sessions_are_joined_by_a_line(output: Any, tmp_path: Path) -> None:
+    for k in range(3):
+        output.add(f"{k}", {"RNL": 200.0, "RNR": 210.0}, session="1")
+        output.add(f"{k}", {"RNL": 190.0, "RNR": 215.0}, session="2")
+        (output.bids / f"sub-{k}").mkdir()
+        # The last one did not grow older.
+        table = f"session_id\tage\nses-1\t{50 + k}\nses-2\t{52 + k - 2 * (k == 2)}\n"
+        (output.bids / f"sub-{k}" / f"sub-{k}_sessions.tsv").write_text(table)
+    write_group(output.out, output.bids)
+    write_figures(output.out / "group_morph.tsv", tmp_path)
+    drawn = (tmp_path / "age_volume.svg").read_text()
+    assert drawn.count("stroke-width: 0.5;") == 2 * 2
+
+
 def test_what_is_not_there_is_not_drawn(output: Any, tmp_path: Path) -> None:
     output.add("1", {"RNL": 200.0}, cells={"r2star_mean": "n/a"})
     write_group(output.out, output.bids)

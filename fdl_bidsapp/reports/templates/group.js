@@ -18,6 +18,7 @@
     column.levels ? (column.codes[scan] < 0 ? null : column.levels[column.codes[scan]]) : column.numbers[scan];
   const flag = (row) => data.flags.levels[data.flags.codes[row]] ?? null;
   const rating = (row) => (data.ratings ? data.ratings.levels[data.ratings.codes[row]] ?? null : null);
+  const person = (row) => byKey.participant_id.codes[Math.floor(row / K)];
   const link = (row) => {
     const page = scans.page[Math.floor(row / K)];
     if (!page) return "";
@@ -146,7 +147,7 @@
   function ticks(low, high, about) {
     const rough = (high - low) / about || 1;
     const size = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 5, 10].map((f) => f * size).find((s) => s >= rough);
+    const step = [1, 2, 5, 10].map((f) => f * size).find((s) => s >= 0.7 * rough);
     const found = [];
     for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(k * step);
     const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
@@ -240,6 +241,17 @@
     const many = plot.points.length > 600;
     const radius = many ? 2.2 : plot.points.length > 100 ? 3 : 4, alpha = many ? 0.45 : 0.75;
     const stamps = groups.map((style) => stamp(style, radius, alpha, scale));
+    if (plot.joined) {
+      // A participant's scans follow each other.
+      g.globalAlpha = 0.6;
+      plot.points.forEach((point, i) => {
+        const before = plot.points[i - 1];
+        if (!before || before.x === point.x || person(before.row) !== person(point.row)) return;
+        g.strokeStyle = groups[groupOf(point.row)].colour;
+        g.beginPath(); g.moveTo(toX(before.x), toY(before.y)); g.lineTo(toX(point.x), toY(point.y)); g.stroke();
+      });
+      g.globalAlpha = 1;
+    }
     panel.hits = [];
     for (const point of plot.points) {
       const x = toX(point.x), y = toY(point.y);
@@ -338,7 +350,7 @@
         ? curves.find((c) => c.abbreviation === one.abbreviation && c.measure === m.key) : undefined;
       return scatter(rowsOf(k), (row) => column.numbers[Math.floor(row / K)], (row) => values[m.key][row],
         { title: column.title, digits: 1 }, { ...m, title: named(m) }, `${m.title} of ${one.name} against ${column.title}`,
-        curve ? { curve } : {});
+        { joined: true, ...(curve ? { curve } : {}) });
     }]) : []),
     sides: () => structures.map((one) => [one.title, () => {
       const m = byName.measure();
