@@ -98,6 +98,7 @@ MIDBRAIN_PARTS = {
     "midbrain_paper": "The published recipe, midbrain",
     "midbrain_paper_shifted": "The same networks on scans unlike those of training",
     "midbrain_whole": "The published recipe, whole volumes",
+    "midbrain_whole_shifted": "These networks of whole volumes on scans unlike those of training",
     "midbrain_strong": "A strong recipe, midbrain",
 }
 
