@@ -90,16 +90,16 @@ over these points, and over those of them for which the papers print both values
 """
 
 MSD_PARTS = {
-    "msd_paper": "The published recipe",
-    "msd_strong": "A strong recipe",
-    "msd_released": "The spectrum of the released code",
+    "msd_paper": "Hippocampus, the published recipe",
+    "msd_strong": "Hippocampus, a strong recipe",
+    "msd_released": "Hippocampus, the spectrum of the released code",
 }
 MIDBRAIN_PARTS = {
-    "midbrain_paper": "The published recipe, midbrain",
-    "midbrain_paper_shifted": "The same networks on scans unlike those of training",
-    "midbrain_whole": "The published recipe, whole volumes",
-    "midbrain_whole_shifted": "These networks of whole volumes on scans unlike those of training",
-    "midbrain_strong": "A strong recipe, midbrain",
+    "midbrain_paper": "Midbrain, the published recipe",
+    "midbrain_paper_shifted": "Midbrain, these networks on scans unlike those of training",
+    "midbrain_whole": "Midbrain in whole volumes, the published recipe",
+    "midbrain_whole_shifted": "Midbrain in whole volumes, scans unlike those of training",
+    "midbrain_strong": "Midbrain, a strong recipe",
 }
 
 
@@ -135,7 +135,7 @@ def summary_table() -> str:
                 lines.append((title, words, *found, here, there))
     return table(
         (
-            "recipe",
+            "experiment",
             "method",
             "better",
             "worse",
