@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from fdl_bidsapp.training.evaluate import MEAN
 from fdl_bidsapp.training.experiment import (
     PUBLISHED_COLUMNS,
+    TASK_AXES,
     draw_figure,
     method_differences,
     read_cases,
@@ -21,7 +23,6 @@ from fdl_bidsapp.training.experiment import (
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
-TASK_AXES = ("structures", "targets")
 
 Row = Mapping[str, str]
 
@@ -118,10 +119,10 @@ def summary_table() -> str:
     """Count over each grid where a split is better, and set its mean difference beside theirs."""
     lines = []
     for name, title in (MSD_PARTS | MIDBRAIN_PARTS).items():
-        known = {point(row): row for row in dice(read(f"{name}.tsv")) if row["structure"] == "mean"}
-        rows = [row for row in read(f"{name}_differences.tsv") if row["structure"] == "mean"]
+        known = {point(row): row for row in dice(read(f"{name}.tsv"))}
+        differences = dice(read(f"{name}_differences.tsv"))
         for method, words in METHODS.items():
-            ours = [row for row in dice(rows) if row["method"] == method]
+            ours = [row for row in differences if row["method"] == method]
             pairs = [(known[point(row)], known[point({**row, "method": "none"})]) for row in ours]
             theirs = [
                 float(split["published"]) - float(none["published"])
@@ -149,10 +150,10 @@ def summary_table() -> str:
 
 def section(name: str) -> list[str]:
     """Return the tables of one experiment and what they say."""
-    rows = [row for row in read(f"{name}.tsv") if row["structure"] == "mean"]
+    rows = read(f"{name}.tsv")
     if not rows:
         return ["Not run yet."]
-    differences = [row for row in read(f"{name}_differences.tsv") if row["structure"] == "mean"]
+    differences = read(f"{name}_differences.tsv")
     parts = [results_table(rows)]
     if len({row["n_train"] for row in rows}) > 1:
         parts.append(picture(name, rows))
@@ -211,7 +212,7 @@ def pooled_table(name: str) -> str:
         # A task is averaged over as a seed is.
         {**row, "seed": tuple(row[axis] for axis in (*TASK_AXES, "seed"))}
         for row in read_cases(RESULTS / f"{name}_cases.tsv")
-        if row["structure"] == "mean"
+        if row["structure"] == MEAN
     ]
     axes = ("n_train", "method", "seed")
     rows = [
@@ -318,12 +319,13 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def read(name: str) -> list[Row]:
-    """Read a table of results; none where it was not made yet."""
+    """Read the means over structures in a table of results; none where it was not made yet."""
     path = RESULTS / name
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
+        rows = csv.DictReader(file, delimiter="\t")
+        return [row for row in rows if row["structure"] == MEAN]
 
 
 if __name__ == "__main__":

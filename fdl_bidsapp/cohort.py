@@ -267,9 +267,10 @@ def collect(
         **_PROVENANCE,
     }
     joined = {name: f"{name}_participants" if name in columns else name for name in people.columns}
+    told = [people.about(scan) for scan in scans]
     for number, row in enumerate(rows):
-        told = people.about(scans[number // len(structures)])
-        row.update({joined[name]: told.get(name) for name in people.columns})
+        about = told[number // len(structures)]
+        row.update({joined[name]: about.get(name) for name in people.columns})
     own = {joined[name]: about for name, about in people.columns.items()}
     columns |= own
     warnings += _mixtures(scans)
@@ -652,6 +653,7 @@ def read_people(bids_dir: Path | None, scans: Iterable[ScanResult], warnings: li
         name: described.get(name) or {"Description": "From participants.tsv"} for name in names
     }
     sessions: dict[tuple[str, str], dict[str, str | None]] = {}
+    at_top: dict[str, Row] | None = None
     described = {}
     ill: list[str] = []
     subjects = {scan.entities["subject"] for scan in scans if "session" in scan.entities}
@@ -659,10 +661,11 @@ def read_people(bids_dir: Path | None, scans: Iterable[ScanResult], warnings: li
         path = bids_dir / f"sub-{subject}" / f"sub-{subject}_sessions.tsv"
         visits, names = _read_keyed(path, "session_id", "ses-", ill)
         sessions |= {(subject, label): values for label, values in visits.items()}
-        if not described and visits:
-            # One dictionary at the top may stand for all; else they are alike.
-            described = _read_descriptions(bids_dir / "sessions.json", ill)
-            described = described or _read_descriptions(path.with_suffix(".json"), ill)
+        # One dictionary at the top may stand for all; else they are alike.
+        if visits and at_top is None:
+            at_top = described = _read_descriptions(bids_dir / "sessions.json", ill)
+        if visits and not described:
+            described = _read_descriptions(path.with_suffix(".json"), ill)
         for name in names:
             if name not in columns:
                 columns[name] = described.get(name) or {"Description": "From sessions.tsv"}

@@ -266,16 +266,16 @@ def read_scan(scan: Scan, target: str, allowed: Sequence[str]) -> ScanImages:
         except (ImageError, InputMissingError) as error:
             notes.append(f"{source.contrast} was left out: {error}")
             continue
-        if not same_grid(image, reference):
-            if not (_in_scanner_space(image) and _in_scanner_space(reference)):
-                notes.append(
-                    f"{source.contrast} was left out: its grid differs from that of {chosen} and "
-                    "the headers do not say how the two lie in the scanner"
-                )
-                continue
-            image = resample(image, reference.shape, reference.affine)
+        onto = _onto(image, reference)
+        if onto is None:
+            notes.append(
+                f"{source.contrast} was left out: its grid differs from that of {chosen} and "
+                "the headers do not say how the two lie in the scanner"
+            )
+            continue
+        if onto is not image:
             notes.append(f"{source.contrast} was resampled to the grid of {chosen}")
-        maps[source.contrast] = np.asarray(image.dataobj, np.float32)
+        maps[source.contrast] = np.asarray(onto.dataobj, np.float32)
     affine = np.asarray(reference.affine, float)
     volume = mean = None
     if scan.brain_mask:
@@ -336,6 +336,15 @@ def _derive_from_echoes(source: Source, loaded: Sequence[LoadedImage]) -> Array:
     if source.derivation == "echo_mean":
         return mean_magnitude(magnitude)
     return r2star_loglinear(magnitude, source.echo_times)
+
+
+def _onto(image: nib.Nifti1Image, reference: nib.Nifti1Image) -> nib.Nifti1Image | None:
+    """Bring an image to another's grid; ``None`` where nothing says how the two lie."""
+    if same_grid(image, reference):
+        return image
+    if not (_in_scanner_space(image) and _in_scanner_space(reference)):
+        return None
+    return resample(image, reference.shape, reference.affine)
 
 
 def _in_scanner_space(image: nib.Nifti1Image) -> bool:
@@ -884,13 +893,12 @@ def _brain(
     volume = float(np.count_nonzero(np.asarray(image.dataobj) > 0.5)) * voxel
     if qsm is None:
         return volume, None
-    if not same_grid(image, reference):
-        if not (_in_scanner_space(image) and _in_scanner_space(reference)):
-            notes.append(
-                "the mean susceptibility of the brain is not known: the grid of the brain mask "
-                "differs and the headers do not say how the two lie in the scanner"
-            )
-            return volume, None
-        image = resample(image, reference.shape, reference.affine)
-    inside = qsm[(np.asarray(image.dataobj) > 0.5) & (qsm != 0)]
+    onto = _onto(image, reference)
+    if onto is None:
+        notes.append(
+            "the mean susceptibility of the brain is not known: the grid of the brain mask "
+            "differs and the headers do not say how the two lie in the scanner"
+        )
+        return volume, None
+    inside = qsm[(np.asarray(onto.dataobj) > 0.5) & (qsm != 0)]
     return volume, float(inside.mean(dtype=float)) if inside.size else None

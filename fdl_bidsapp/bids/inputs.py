@@ -21,7 +21,7 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fdl_bidsapp.errors import (
     AmbiguousInputError,
@@ -48,9 +48,6 @@ LONGEST_ECHO_TIME = 1.0
 
 STRONGEST_FIELD = 30.0
 """Tesla; a larger number is in another unit, such as MHz."""
-
-SCANNER = ("MagneticFieldStrength", "Manufacturer", "ManufacturersModelName")
-"""What :func:`scanner_of` tells, by its BIDS names."""
 
 LONGEST_NAME = 80
 """Characters of a scanner's name that are kept."""
@@ -616,12 +613,16 @@ def _phase_metadata(magnitude: _File, phase: _File) -> tuple[float, str, str | N
     except ValueError as error:
         return 0.0, "", str(error)
     value = about.get("MagneticFieldStrength", theirs.get("MagneticFieldStrength"))
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         return 0.0, "", f"{magnitude.path.name} has no MagneticFieldStrength in its JSON sidecar"
     if not 0 < value < STRONGEST_FIELD:
         return 0.0, "", f"MagneticFieldStrength of {magnitude.path.name} is {value:g}, not in tesla"
     unit = theirs.get("Units")
     return float(value), unit if isinstance(unit, str) else "", None
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _echo_times(echoes: Sequence[_File]) -> tuple[tuple[float, ...], str | None]:
@@ -632,7 +633,7 @@ def _echo_times(echoes: Sequence[_File]) -> tuple[tuple[float, ...], str | None]
             value = _metadata(file.path, file.dataset.root).get("EchoTime")
         except ValueError as error:
             return (), str(error)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_number(value):
             return (), f"{file.path.name} has no EchoTime in its JSON sidecar"
         if not 0 < value < LONGEST_ECHO_TIME:
             return (), f"EchoTime of {file.path.name} is {value!s:.20}, not a time in seconds"
@@ -649,17 +650,16 @@ def scanner_of(scan: Scan) -> dict[str, float | str | None]:
     Returns
     -------
     dict
-        A value for each name of `SCANNER`, the field strength in tesla; ``None`` where no sidecar
+        A value for each name of `_SCANNER`, the field strength in tesla; ``None`` where no sidecar
         has one that makes sense.
     """
-    found: dict[str, float | str | None] = dict.fromkeys(SCANNER)
+    found: dict[str, float | str | None] = dict.fromkeys(_SCANNER)
     for path, root in scan.files:
         # A sidecar that cannot be read says nothing; where it is needed, that is an error.
         with suppress(ValueError):
             about = _metadata(path, root)
-            for name in SCANNER:
+            for name, understood in _SCANNER.items():
                 if found[name] is None:
-                    understood = _tesla if name == "MagneticFieldStrength" else _name
                     found[name] = understood(about.get(name))
         if None not in found.values():
             break
@@ -667,13 +667,19 @@ def scanner_of(scan: Scan) -> dict[str, float | str | None]:
 
 
 def _tesla(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 < value < STRONGEST_FIELD else None
+    return float(value) if _is_number(value) and 0 < value < STRONGEST_FIELD else None
 
 
 def _name(value: object) -> str | None:
     return " ".join(value.split())[:LONGEST_NAME] or None if isinstance(value, str) else None
+
+
+_SCANNER: dict[str, Callable[[object], float | str | None]] = {
+    "MagneticFieldStrength": _tesla,
+    "Manufacturer": _name,
+    "ManufacturersModelName": _name,
+}
+"""How what :func:`scanner_of` tells is understood, by its BIDS name."""
 
 
 def _metadata(path: Path, root: Path) -> dict[str, Any]:

@@ -30,6 +30,9 @@ Row = dict[str, Any]
 
 GROUP_PAGE = "group_morph.html"
 
+MOST_FACTS = 12
+"""Columns of ``participants.tsv`` and ``sessions.tsv`` that are shown, each at its place."""
+
 HIGH_ABOVE, MODERATE_ABOVE = 0.9, 0.75
 """Mean probability over the mask, in words."""
 
@@ -239,7 +242,7 @@ def participant_page(
         {"columns": RATING_COLUMNS, "file": f"{folder}_ratings.tsv"},
         title=folder,
         summary=_counts(scans),
-        person=list(about.person().items())[:12],
+        person=list(about.person().items())[:MOST_FACTS],
         scans=views,
         overview=_overview(done, scans),
         change=_change(done, figures) if len(done) > 1 else None,
@@ -361,7 +364,7 @@ def _scan_view(
         "title": title,
         "heading": heading if not alone else "The scan" if heading == "Scan" else heading,
         "status": scan.status,
-        "visit": list(about.visit(scan.name).items())[:12],
+        "visit": list(about.visit(scan.name).items())[:MOST_FACTS],
         "error": error,
         "inputs": inputs,
         "absent": _absent(record) if scan.status == "ok" else "",
