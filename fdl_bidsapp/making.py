@@ -14,7 +14,7 @@ import numpy as np
 from fdl_bidsapp.bids.inputs import Scan, Source
 from fdl_bidsapp.bids.outputs import map_sidecar
 from fdl_bidsapp.errors import FdlError, ImageError
-from fdl_bidsapp.imaging.grid import load_image, resample, same_grid
+from fdl_bidsapp.imaging.grid import in_scanner_space, load_image, onto_grid, same_grid
 from fdl_bidsapp.imaging.reconstruction import (
     INVERSIONS,
     Inversion,
@@ -227,7 +227,7 @@ def _reconstruct(
             "convert magnitude and phase of one series together",
             path=source.phase[0],
         )
-    if not (reference.header["sform_code"] > 0 or reference.header["qform_code"] > 0):
+    if not in_scanner_space(reference):
         notes.append(
             f"{source.paths[0].name}: the header does not say how the head lies in the scanner; "
             "the field was taken to point along the third axis"
@@ -302,10 +302,16 @@ def _brain(path: Path | None, reference: nib.Nifti1Image, notes: list[str]) -> A
     except FdlError as error:
         notes.append(f"the brain was looked for in the magnitude: {error}")
         return None
-    if not same_grid(image, reference):
-        image = resample(image, reference.shape, reference.affine)
+    onto = onto_grid(image, reference)
+    if onto is None:
+        notes.append(
+            f"the brain was looked for in the magnitude: the grid of {path.name} differs from that "
+            "of the echoes and the headers do not say how the two lie in the scanner"
+        )
+        return None
+    if onto is not image:
         notes.append("the brain mask was resampled to the grid of the echoes")
-    mask = np.asarray(image.dataobj) > 0.5
+    mask = np.asarray(onto.dataobj) > 0.5
     if not mask.any():
         notes.append(f"{path.name} is empty: the brain was looked for in the magnitude")
         return None

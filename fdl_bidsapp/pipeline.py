@@ -32,7 +32,7 @@ from fdl_bidsapp.imaging.grid import (
     foreground,
     load_image,
     middle,
-    resample,
+    onto_grid,
     restore,
     same_grid,
     shifted,
@@ -266,7 +266,7 @@ def read_scan(scan: Scan, target: str, allowed: Sequence[str]) -> ScanImages:
         except (ImageError, InputMissingError) as error:
             notes.append(f"{source.contrast} was left out: {error}")
             continue
-        onto = _onto(image, reference)
+        onto = onto_grid(image, reference)
         if onto is None:
             notes.append(
                 f"{source.contrast} was left out: its grid differs from that of {chosen} and "
@@ -336,19 +336,6 @@ def _derive_from_echoes(source: Source, loaded: Sequence[LoadedImage]) -> Array:
     if source.derivation == "echo_mean":
         return mean_magnitude(magnitude)
     return r2star_loglinear(magnitude, source.echo_times)
-
-
-def _onto(image: nib.Nifti1Image, reference: nib.Nifti1Image) -> nib.Nifti1Image | None:
-    """Bring an image to another's grid; ``None`` where nothing says how the two lie."""
-    if same_grid(image, reference):
-        return image
-    if not (_in_scanner_space(image) and _in_scanner_space(reference)):
-        return None
-    return resample(image, reference.shape, reference.affine)
-
-
-def _in_scanner_space(image: nib.Nifti1Image) -> bool:
-    return bool(image.header["sform_code"] > 0 or image.header["qform_code"] > 0)
 
 
 def to_canvas(images: ScanImages, spec: ModelSpec) -> Canvas:
@@ -893,7 +880,7 @@ def _brain(
     volume = float(np.count_nonzero(np.asarray(image.dataobj) > 0.5)) * voxel
     if qsm is None:
         return volume, None
-    onto = _onto(image, reference)
+    onto = onto_grid(image, reference)
     if onto is None:
         notes.append(
             "the mean susceptibility of the brain is not known: the grid of the brain mask "

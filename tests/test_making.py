@@ -121,6 +121,15 @@ def test_an_empty_brain_mask_is_told_and_the_brain_looked_for(scan, tmp_path):
     assert any("empty.nii" in note for note in made.scan.notes)
 
 
+def test_a_brain_mask_that_lies_nobody_knows_where_is_not_used(scan, tmp_path):
+    mask = nib.Nifti1Image(np.pad(np.ones((6, 6, 6), np.uint8), 1), np.eye(4))
+    mask.set_sform(None, 0)
+    mask.to_filename(tmp_path / "elsewhere.nii")
+    made = make_maps(replace(scan, brain_mask=tmp_path / "elsewhere.nii"), "tkd", tmp_path)
+    assert made.scan.get("qsm") is not None
+    assert any("elsewhere.nii" in note and "headers" in note for note in made.scan.notes)
+
+
 def test_a_network_reconstructs_and_is_named_in_the_sidecar(scan, tmp_path):
     spec = VolumeSpec("tiny", backbone_options={"width": 4, "levels": 2}, patch=(32, 32, 32))
     network = VolumeNetwork(spec)

@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiment_tables import gather, unfinished
 
@@ -50,6 +52,8 @@ def main() -> None:
     parser.add_argument("--max-minutes", type=float, default=float("inf"))
     parser.add_argument("--published", type=Path, help="table of published values")
     options = parser.parse_args()
+    for recipe in options.recipes:
+        check_box(options.cohort, recipe)
 
     until = time.monotonic() + 60 * options.max_minutes
     for seed, target, nuclei, recipe, part in itertools.product(
@@ -67,6 +71,19 @@ def main() -> None:
                 options.published,
                 read_toml(HERE / "published.toml")["published"] if name == recipe else (),
             )
+
+
+def check_box(cohort: Path, recipe: str) -> None:
+    """Refuse a cohort whose images are not of the size that a recipe is for."""
+    path = read_table(cohort / "nuclei.tsv")[0].label
+    shape = list(nib.nifti1.load(path).shape)
+    wanted = read_toml(HERE / f"{recipe}.toml")["grid_shape"]
+    if shape != wanted:
+        box = " ".join(map(str, wanted))
+        raise SystemExit(
+            f"{path} has {shape} voxels, and the recipe {recipe} is for {wanted}: make the cohort "
+            f"with --box {box}"
+        )
 
 
 def shifted(recipe: str) -> str:

@@ -242,7 +242,7 @@ def _check_affine(affine: NDArray[np.float64], path: Path) -> None:
     remedy = "correct the sform or qform of the header"
     if affine is None or not np.isfinite(affine).all():
         raise ImageError("the affine is not finite", remedy, path=path)
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    sizes = spacing_of(affine)
     low, high = VOXEL_SIZES_MM
     if sizes.min() == 0:
         raise ImageError("the affine is singular", remedy, path=path)
@@ -514,6 +514,30 @@ def resample(
     ((8, 8, 8), 1.0)
     """
     return nib.Nifti1Image(conform(image, shape, affine, order), affine)
+
+
+def in_scanner_space(image: nib.Nifti1Image) -> bool:
+    """Tell whether a header says how the image lies in the scanner.
+
+    Examples
+    --------
+    >>> image = nib.Nifti1Image(np.ones((8, 8, 8), "f4"), np.eye(4))
+    >>> in_scanner_space(image)
+    True
+    >>> image.set_sform(None, 0)
+    >>> in_scanner_space(image)
+    False
+    """
+    return bool(image.header["sform_code"] > 0 or image.header["qform_code"] > 0)
+
+
+def onto_grid(image: nib.Nifti1Image, reference: nib.Nifti1Image) -> nib.Nifti1Image | None:
+    """Bring an image to another's grid; ``None`` where nothing says how the two lie."""
+    if same_grid(image, reference):
+        return image
+    if not (in_scanner_space(image) and in_scanner_space(reference)):
+        return None
+    return resample(image, reference.shape, reference.affine)
 
 
 # Foreground and windows
@@ -864,7 +888,7 @@ def _restore_one(
         return
     start = np.array([side.start for side in place])
     length = np.array([side.stop - side.start for side in place])
-    parts = np.maximum(np.ceil(np.linalg.norm(step[:3, :3], axis=0) - 0.05), 1).astype(int)
+    parts = np.maximum(np.ceil(spacing_of(step) - 0.05), 1).astype(int)
     # Sub-voxel centres: native = start + (sub + 0.5) / parts - 0.5
     finer = np.diag([*(1.0 / parts), 1.0])
     finer[:3, 3] = start + 0.5 / parts - 0.5

@@ -10,6 +10,7 @@ import numpy as np
 import scipy.fft
 
 from fdl_bidsapp.errors import DataError
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.imaging.relaxometry import r2star_loglinear
 from fdl_bidsapp.physics import GAMMA_BAR
 from fdl_bidsapp.physics.background import LARGEST_RADIUS, SMALLEST_RADIUS, v_sharp
@@ -156,7 +157,7 @@ def _reconstruct(
     given: Array | None,
     device: str,
 ) -> Reconstruction:
-    spacing = np.linalg.norm(echoes.affine[:3, :3], axis=0)
+    spacing = spacing_of(echoes.affine).tolist()
     direction = field_direction(echoes.affine)
     times, magnitude = np.asarray(echoes.echo_times), echoes.magnitude
     phase, note = phase_to_radians(echoes.phase, echoes.phase_unit)
@@ -269,15 +270,15 @@ def _sign(
     decay: Array | None,
     local: Array,
     inside: Array,
-    spacing: Array,
+    spacing: Sequence[float],
     direction: Array,
 ) -> tuple[int, float]:
-    rough = thresholded_division(local, inside, spacing.tolist(), direction)
+    rough = thresholded_division(local, inside, spacing, direction)
     fast = -echoes.magnitude[..., 0] if decay is None else decay
-    return sign_of_field(rough, fast, inside, spacing.tolist())
+    return sign_of_field(rough, fast, inside, spacing)
 
 
-def _check_brain(mask: Array, spacing: Array, where: str) -> None:
+def _check_brain(mask: Array, spacing: Sequence[float], where: str) -> None:
     volume = float(np.count_nonzero(mask) * np.prod(spacing)) / 1000
     if volume < SMALLEST_BRAIN:
         raise DataError(

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.fft
 import torch
 
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.physics.dipole import field_direction
 from fdl_bidsapp.physics.forward import (
     average_slices,
@@ -24,7 +25,6 @@ from fdl_bidsapp.simulation.anatomy import (
     sample,
     smooth_field,
     transform,
-    voxel_size,
 )
 from fdl_bidsapp.simulation.geometry import rotation
 from fdl_bidsapp.simulation.labelmaps import HeadMap
@@ -65,7 +65,8 @@ class ScanGrid:
     @property
     def spacing(self) -> Triple:
         """Voxel size in mm."""
-        return voxel_size(self.affine)
+        x, y, z = spacing_of(self.affine).tolist()
+        return x, y, z
 
     @property
     def direction(self) -> Triple:
@@ -90,7 +91,8 @@ class ScanGrid:
     @property
     def fine_spacing(self) -> Triple:
         """Voxel size of the finer grid, mm."""
-        return voxel_size(self.fine_affine)
+        x, y, z = spacing_of(self.fine_affine).tolist()
+        return x, y, z
 
 
 def scan_grid(
@@ -123,7 +125,7 @@ def scan_grid(
         centre, extent = target, np.asarray(box, float)
     else:
         centre = deformation.inverse(head.brain_centre[None])[0]
-        scale = np.linalg.norm(np.linalg.inv(deformation.matrix[:3, :3]), axis=0)
+        scale = spacing_of(np.linalg.inv(deformation.matrix))
         extent = head.brain_size * scale + 2 * np.array(AROUND)
         if float(p["slab"]) > 0:
             # Along the slice axis the slab follows the nuclei, in plane the brain.
@@ -171,7 +173,7 @@ def field_in_scanner(
     convolved on the fine grid. So a slab, or a region around the nuclei, feels sinuses and neck.
     """
     device = body.chi.device
-    scale = np.linalg.norm(np.linalg.inv(deformation.matrix[:3, :3]), axis=0)
+    scale = spacing_of(np.linalg.inv(deformation.matrix))
     half = head.brain_size * scale / 2 + 40
     low, high = -half - np.array([0, 0, 50.0]), half
     middle = deformation.inverse(head.brain_centre[None])[0]

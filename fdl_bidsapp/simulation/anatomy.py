@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.labels import mirrored, nuclei
 from fdl_bidsapp.physics.forward import smooth
 from fdl_bidsapp.simulation.geometry import rotation, smooth_noise
@@ -76,12 +77,6 @@ def transform(matrix: Array, points: Tensor) -> Tensor:
     m = torch.as_tensor(np.asarray(matrix, np.float32), device=points.device)
     flat = points.reshape(3, -1)
     return (m[:3, :3] @ flat + m[:3, 3:]).reshape(points.shape)
-
-
-def voxel_size(affine: Array) -> tuple[float, float, float]:
-    """Return the lengths of a voxel's edges, mm."""
-    x, y, z = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-    return x, y, z
 
 
 def grid_points(shape: Sequence[int], affine: Array, device: torch.device | str) -> Tensor:
@@ -285,7 +280,7 @@ def build_body(
         _paint_nucleus(body, free, nucleus, index, deformation, tissues, values, seed, affine)
     _paint_veins(body, free, head, deformation, tissues, values, seed, affine)
     _paint_lesions(body, head, deformation, tissues, values, seed, affine)
-    _add_texture(body, values, seed, voxel_size(affine))
+    _add_texture(body, values, seed, spacing_of(affine).tolist())
     return Body(
         body.chi,
         (body.decay / body.rho.clamp(min=1e-3)).clamp(min=0),
@@ -323,7 +318,7 @@ def _tissue_maps(
     """Return tissue properties, given as (P, tissues), and the depth in the brain on a grid."""
     device = table.device
     x, y, z = shape
-    width = max(1.0, float(np.prod(voxel_size(affine)) ** (1 / 3)))
+    width = max(1.0, float(np.prod(spacing_of(affine)) ** (1 / 3)))
     maps = torch.empty((len(table), x, y, z), device=device)
     depth = torch.empty((x, y, z), device=device)
     # In blocks, which bounds the memory on fine grids.
@@ -492,7 +487,7 @@ def _paint_veins(
 ) -> None:
     """Put thin veins around the nuclei, most of them around the midbrain."""
     rng = generator(seed, "veins")
-    spacing = np.array(voxel_size(affine))
+    spacing = spacing_of(affine)
     to_voxel = np.linalg.inv(affine)
     share = np.zeros(body.chi.shape, np.float32)
     middle = deformation.inverse(head.nuclei_centre[None])[0]

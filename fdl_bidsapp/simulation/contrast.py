@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import scipy.ndimage as ndi
 
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.imaging.relaxometry import mean_magnitude, r2star_loglinear
 from fdl_bidsapp.physics import GAMMA_BAR
 from fdl_bidsapp.physics.dipole import field_direction, field_from_susceptibility
@@ -159,7 +160,7 @@ def compute_maps(
     SWI: magnitude of a late echo times the fourth power of a mask that falls from 1 at zero
     phase to 0 at the paramagnetic extreme (Haacke et al., Magn. Reson. Med. 52 (2004) 612-618).
     """
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = spacing_of(affine).tolist()
     magnitude = np.abs(signal)
     mask = trusted_phase(magnitude[..., -1], brain)
     field = fit_field(signal, mask, spacing, protocol.echo_times, protocol.field_strength)

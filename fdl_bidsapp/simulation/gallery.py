@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fdl_bidsapp.bids.outputs import atomic_write
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.labels import nuclei
 from fdl_bidsapp.simulation.simulator import LabelMapScan, reoriented
 
@@ -91,7 +92,7 @@ def _draw_slice(
         return
     centre = places.mean(0)
     z = round(centre[2])
-    size = np.linalg.norm(affine[:3, :3], axis=0)
+    size = spacing_of(affine)
     axis.imshow(
         image[:, :, z].T,
         cmap="gray",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import scipy.ndimage as ndi
 
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.labels import nuclei
 from fdl_bidsapp.simulation.geometry import rotation, smooth_noise
 from fdl_bidsapp.simulation.shapes import SHAPES, paint
@@ -88,7 +89,7 @@ def build_head(
     -------
     Head
     """
-    x, y, z = (float(s) for s in np.linalg.norm(affine[:3, :3], axis=0))
+    x, y, z = spacing_of(affine).tolist()
     matrix = _head_to_template(rng, variation) @ affine
     inverse = np.linalg.inv(matrix)
     points = _warped_points(rng, shape, (x, y, z), matrix, variation)

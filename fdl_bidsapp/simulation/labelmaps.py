@@ -12,6 +12,7 @@ import scipy.ndimage as ndi
 import torch
 
 from fdl_bidsapp.errors import ImageError, InputMissingError, UsageError
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.labels import Label, nuclei
 from fdl_bidsapp.simulation.physiology import label_map_table
 from fdl_bidsapp.simulation.tissue import IRON_RICH
@@ -110,7 +111,7 @@ class HeadMap:
     @cached_property
     def spacing(self) -> tuple[float, float, float]:
         """Return the voxel size of ``tissue``, mm."""
-        x, y, z = np.linalg.norm(np.linalg.inv(self.to_voxel)[:3, :3], axis=0).tolist()
+        x, y, z = spacing_of(np.linalg.inv(self.to_voxel)).tolist()
         return x, y, z
 
     @cached_property
@@ -131,7 +132,7 @@ class HeadMap:
     def brain_size(self) -> Array:
         """Return the size of the brain's bounding box, mm."""
         inside = np.argwhere(self.brain_depth[0].cpu().numpy() > 0)
-        scale = np.linalg.norm(np.linalg.inv(self.depth_to_voxel)[:3, :3], axis=0)
+        scale = spacing_of(np.linalg.inv(self.depth_to_voxel))
         return (inside.max(0) + 1 - inside.min(0)) * scale
 
     @property
@@ -316,7 +317,7 @@ def _brain_depth(inside: Array, affine: Array) -> tuple[Array, Array]:
     parts, _ = ndi.label(ndi.binary_opening(coarse))
     coarse = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
     coarse = ndi.binary_fill_holes(ndi.binary_closing(coarse, iterations=3))[4:-4, 4:-4, 4:-4]
-    size = np.linalg.norm(affine[:3, :3], axis=0) * COARSE
+    size = spacing_of(affine) * COARSE
     depth = ndi.distance_transform_edt(coarse, sampling=size)
     depth -= ndi.distance_transform_edt(~coarse, sampling=size)
     # The first voxel of a block lies half a block before its middle.
@@ -327,7 +328,7 @@ def _brain_depth(inside: Array, affine: Array) -> tuple[Array, Array]:
 
 def _nucleus(label: Label, place: Array, affine: Array, device: torch.device | str) -> Nucleus:
     """Smooth the voxels of a nucleus to a surface that holds the same volume."""
-    size = np.linalg.norm(affine[:3, :3], axis=0)
+    size = spacing_of(affine)
     margin = np.ceil(ROOM / size).astype(int)
     inside = np.argwhere(place)
     low = inside.min(0) - margin

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from fdl_bidsapp.imaging.grid import spacing_of
 from fdl_bidsapp.settings import CONTRASTS
-from fdl_bidsapp.simulation.anatomy import grid_points, sample, voxel_size
+from fdl_bidsapp.simulation.anatomy import grid_points, sample
 from fdl_bidsapp.simulation.labelmaps import HeadMap
 from fdl_bidsapp.simulation.parameters import Value, draw_values, generator
 from fdl_bidsapp.simulation.simulator import LabelMapScan, reoriented, simulate_label_map
@@ -96,7 +97,7 @@ def cut_region(
         Nearest neighbour; zero beyond the scan.
     """
     scan = reoriented(scan, "RAS")
-    size = np.array(voxel_size(scan.affine))
+    size = spacing_of(scan.affine)
     native = np.array(scan.labels.shape)
     to_native = np.diag([*(np.array(spacing) / size), 1.0])
     middle = (native - 1) / 2 + np.asarray(shift) / size

@@ -10,11 +10,17 @@ import numpy as np
 import scipy.ndimage as ndi
 import torch
 
-from fdl_bidsapp.imaging.grid import Grid, canonical, canvas_geometry, conform, middle
+from fdl_bidsapp.imaging.grid import (
+    Grid,
+    canonical,
+    canvas_geometry,
+    conform,
+    middle,
+    spacing_of,
+)
 from fdl_bidsapp.imaging.intensity import limits, scale
 from fdl_bidsapp.models.fdl import CONTRASTS
 from fdl_bidsapp.models.fourier import low_part
-from fdl_bidsapp.simulation.anatomy import voxel_size
 from fdl_bidsapp.simulation.geometry import smooth_noise
 from fdl_bidsapp.simulation.labelmaps import HeadMap
 from fdl_bidsapp.simulation.parameters import Value, draw_values
@@ -145,7 +151,7 @@ def cache_head(path: Path, head: HeadMap, seed: int) -> None:
         return
     values = draw_values(seed, "full", HEAD_VOXELS)
     scan = simulate_label_map(head, seed, values, shortcut=True)
-    size = np.array(scan.labels.shape) * voxel_size(scan.affine)
+    size = np.array(scan.labels.shape) * spacing_of(scan.affine)
     x, y, z = (round(float(n)) for n in size / HEAD_STEP)
     images, labels = cut_region(scan, (x, y, z), (HEAD_STEP,) * 3)
     _keep(path, images.cpu().numpy(), labels.cpu().numpy())
