@@ -2,7 +2,8 @@
 
     python benchmarks/reproduction.py
 
-Every figure on the page comes from ``benchmarks/results``; what has no table yet is named as open.
+Every figure on the page comes from ``benchmarks/results``; points of the papers' experiments that
+were not run are named.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ The recipe `paper` is the published one as far as it is written down (whole crop
 Adam at 1e-3, Dice loss, one crop a step, no augmentation, weights of the best validation).
 `strong` is what a good engineer does today (augmentation, Dice and cross-entropy, AdamW with a
 one-cycle rate, averaged weights; windows of 40 × 56 × 40; as many steps for few crops as for many).
-It is far ahead of `paper` where crops are few, and behind it where there are many: windows see less
-of a crop than the whole, and strongly varied crops take more steps than these to learn from. Which
-of the two it is was not taken apart. Settings: `benchmarks/msd_hippocampus`.
+It is far ahead of `paper` where crops are few, and behind it where there are many. Why was not
+taken apart: windows see less of a crop than the whole, and strongly varied crops may take more
+steps than these to learn from. Settings: `benchmarks/msd_hippocampus`.
 """
 
 MIDBRAIN = """## Midbrain (simulated cohort)
@@ -98,19 +99,21 @@ over these points, and over those of them for which the papers print both values
 IN_WORDS = """**Where we agree.** With more labels than a few, a network with a split is a little
 better than one without: late and multimodal fusion at n = 16, and all three methods at n = 51, are
 ahead beyond chance on average over the midbrain's tasks (below: "averaged over the tasks"), for the
-red nucleus in QSM at n = 51 by about what the papers report. With four red nuclei to learn from in
-QSM, multimodal fusion is clearly ahead (of one seed), and in whole volumes late fusion is ahead by
-much, though its interval still holds zero.
+red nucleus in QSM at n = 51 early and late fusion by half of what the papers report. With four red
+nuclei to learn from in QSM, multimodal fusion is clearly ahead (one seed), and in whole volumes
+late fusion is ahead by much, though its interval still holds zero.
 
 **Where we do not.** The papers' gain is largest where labels are fewest. Ours is not: at n = 4 and
-8 no method is ahead on average, and with few labels in iMag the split does harm. On the hippocampus
-it is never ahead beyond chance, with the published recipe or a strong one. What differs most is the
-network without a split: ours loses far less with few labels than theirs, which errs by voxels many
-centimetres away (its HD95). What they did differently with that network, the papers do not say; on
-images of real participants, in whole volumes, a split may well guard against such errors.
+8 no method is ahead on average, and with few labels in iMag late and multimodal fusion do harm. On
+the hippocampus a split is never ahead, with the published recipe or a strong one. What
+differs most is the network without a split: ours loses far less with few labels than theirs, which
+errs by voxels many centimetres away (its HD95). What they did differently with that network, the
+papers do not say; on images of real participants, in whole volumes, a split may well guard against
+such errors.
 
 **On scans unlike those of training** the picture is mixed: early fusion is clearly ahead with 51
-labelled QSM, and behind in R2*; most other differences are within chance or go against the split.
+labelled QSM, and behind for the red nucleus in R2*; most other differences are within chance or go
+against the split.
 """
 
 PAPERS_GRID = {
@@ -221,7 +224,7 @@ def lacking(rows: Sequence[Row], grid: Mapping[str, Sequence[str]]) -> str:
         ", ".join(where) + ("" if len(methods) == every else f" ({', '.join(methods)})")
         for where, methods in missing.items()
     ]
-    return f"Not run, as a network takes minutes to an hour on a processor: {'; '.join(said)}."
+    return f"Not run, for want of processor time: {'; '.join(said)}."
 
 
 def results_table(rows: Sequence[Row]) -> str:

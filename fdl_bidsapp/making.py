@@ -227,7 +227,7 @@ def _reconstruct(
             "convert magnitude and phase of one series together",
             path=source.phase[0],
         )
-    if not in_scanner_space(reference):
+    if not in_scanner_space(reference.header):
         notes.append(
             f"{source.paths[0].name}: the header does not say how the head lies in the scanner; "
             "the field was taken to point along the third axis"

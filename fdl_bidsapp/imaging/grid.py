@@ -173,7 +173,7 @@ def _read(path: Path, ndim: int) -> LoadedImage:
         # Reading on to the end lets gzip compare its checksum.
         stream.read(1)
     notes = []
-    if header["sform_code"] == 0 and header["qform_code"] == 0:
+    if not in_scanner_space(header):
         notes.append(f"{path.name}: the header gives no orientation; left and right are assumed")
     data, repaired = _checked_values(data.reshape(shape), path)
     header.set_data_shape(shape)
@@ -516,26 +516,26 @@ def resample(
     return nib.Nifti1Image(conform(image, shape, affine, order), affine)
 
 
-def in_scanner_space(image: nib.Nifti1Image) -> bool:
-    """Tell whether a header says how the image lies in the scanner.
+def in_scanner_space(header: nib.Nifti1Header) -> bool:
+    """Tell whether a header says how its image lies in the scanner.
 
     Examples
     --------
     >>> image = nib.Nifti1Image(np.ones((8, 8, 8), "f4"), np.eye(4))
-    >>> in_scanner_space(image)
+    >>> in_scanner_space(image.header)
     True
     >>> image.set_sform(None, 0)
-    >>> in_scanner_space(image)
+    >>> in_scanner_space(image.header)
     False
     """
-    return bool(image.header["sform_code"] > 0 or image.header["qform_code"] > 0)
+    return bool(header["sform_code"] > 0 or header["qform_code"] > 0)
 
 
 def onto_grid(image: nib.Nifti1Image, reference: nib.Nifti1Image) -> nib.Nifti1Image | None:
     """Bring an image to another's grid; ``None`` where nothing says how the two lie."""
     if same_grid(image, reference):
         return image
-    if not (in_scanner_space(image) and in_scanner_space(reference)):
+    if not (in_scanner_space(image.header) and in_scanner_space(reference.header)):
         return None
     return resample(image, reference.shape, reference.affine)
 

@@ -172,7 +172,7 @@ def test_killed_worker_fails_its_scan_and_the_others_finish(tmp_path: Path) -> N
     scans = [(record, record, record), (killed, record), (record, record), (record, record)]
     start = time.monotonic()
     outcome = Outcome(tmp_path, make(tmp_path, *scans), 4, nprocs=2)
-    assert time.monotonic() - start < 120
+    assert time.monotonic() - start < 30
     assert list(outcome.failures) == ["scan_1"]
     assert isinstance(outcome.failures["scan_1"], TemporaryError)
     assert "killed" in outcome.failures["scan_1"].cause
