@@ -148,6 +148,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=384, help="cached regions of the label maps")
     parser.add_argument("--locator-draws", type=int, default=64, help="cached heads of them")
     parser.add_argument("--template-draws", type=int, default=32, help="scans of the template")
+    parser.add_argument("--first-draw", type=int, default=0, help="number of the first of each")
+    parser.add_argument("--with-echoes", type=float, default=0.2, metavar="SHARE",
+                        help="cached regions whose maps are made from echoes")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=264)
     parser.add_argument("--steps", type=int, default=60000)
     parser.add_argument("--locator-steps", type=int, default=3500)
@@ -235,31 +238,39 @@ def fill(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
         )
         return regions, heads
     maps = find_label_maps(options.labels)[: options.heads]
-    regions = [options.cache / f"region-{i:05d}.npy" for i in range(options.draws)]
-    heads = [options.cache / f"head-{i:05d}.npy" for i in range(options.locator_draws)]
-    templates = [
-        tuple(options.cache / f"template-{what}-{i:05d}.npy" for what in ("region", "head"))
-        for i in range(options.template_draws)
-    ]
+    first = options.first_draw
+    regions, heads, template_regions, template_heads = (
+        {i: options.cache / f"{what}-{i:05d}.npy" for i in range(first, first + draws)}
+        for what, draws in (
+            ("region", options.draws),
+            ("head", options.locator_draws),
+            ("template-region", options.template_draws),
+            ("template-head", options.template_draws),
+        )
+    )
     # A process that was forked could not use the GPU.
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         # In rounds over the heads, so that a cache that is not full yet holds them all.
         n = len(maps)
         rounds = 4
         jobs = [
-            pool.submit(fill_head, path, regions, heads, range(i, 10**6, n), part, rounds)
+            pool.submit(
+                *(fill_head, path, options.with_echoes),
+                *({k: files[k] for k in list(files)[i::n][part::rounds]}
+                  for files in (regions, heads)),
+            )
             for part in range(rounds)
             for i, path in enumerate(maps)
-        ]
+        ]  # fmt: skip
         jobs += [
-            pool.submit(fill_template, region, head, seed)
-            for seed, (region, head) in enumerate(templates)
+            pool.submit(fill_template, region, template_heads[seed], seed)
+            for seed, region in template_regions.items()
         ]
         for job in jobs:
             job.result()
     return (
-        regions + [region for region, _ in templates],
-        heads + [head for _, head in templates],
+        [*regions.values(), *template_regions.values()],
+        [*heads.values(), *template_heads.values()],
     )
 
 
@@ -296,33 +307,25 @@ def relocate(
 
 
 def fill_head(
-    label_map: Path,
-    regions: Sequence[Path],
-    heads: Sequence[Path],
-    seeds: range,
-    part: int,
-    parts: int,
+    label_map: Path, with_echoes: float, regions: Mapping[int, Path], heads: Mapping[int, Path]
 ) -> None:
-    """Simulate one part of the scans of one head; a scan's number is its seed."""
+    """Simulate scans of one head; a scan's number is its seed."""
     torch.set_num_threads(1)
-    mine = [
-        (files, seed)
+    regions, heads = (
+        {seed: file for seed, file in files.items() if not file.exists()}
         for files in (regions, heads)
-        for seed in seeds[part::parts]
-        if seed < len(files) and not files[seed].exists()
-    ]
-    if not mine:
+    )
+    if not regions and not heads:
         return
     with kept_memory():
         head = read_head_map(label_map, resolve_device("auto"))
-        for files, seed in mine:
-            if files is heads:
-                cache_head(files[seed], head, seed)
-            else:
-                rng = np.random.default_rng(seed)
-                profile = "ordinary" if rng.random() < 0.5 else "full"
-                shortcut = bool(rng.random() < 0.8)
-                cache_region(files[seed], head, seed, REGION, profile=profile, shortcut=shortcut)
+        for seed, file in regions.items():
+            rng = np.random.default_rng(seed)
+            profile = "ordinary" if rng.random() < 0.5 else "full"
+            shortcut = bool(rng.random() < 1 - with_echoes)
+            cache_region(file, head, seed, REGION, profile=profile, shortcut=shortcut)
+        for seed, file in heads.items():
+            cache_head(file, head, seed)
 
 
 def described(regions: Sequence[Path], heads: int) -> str:
