@@ -97,22 +97,24 @@ over these points, and over those of them for which the papers print both values
 
 # Read again, and put right, whenever the tables change.
 IN_WORDS = """**Where we agree.** With more labels than a few, a network with a split is a little
-better than one without: late and multimodal fusion at n = 16, and all three methods at n = 51, are
-ahead beyond chance on average over the midbrain's tasks (below: "averaged over the tasks"), for the
-red nucleus in QSM at n = 51 early and late fusion by half of what the papers report. With four red
-nuclei to learn from in QSM, multimodal fusion is clearly ahead (one seed), and in whole volumes
-late fusion is ahead by much, though its interval still holds zero.
+better than one without: late fusion at n = 16, and all three methods at n = 51, are ahead beyond
+chance on average over the midbrain's tasks (below: "averaged over the tasks"), multimodal fusion at
+n = 16 nearly so; for the red nucleus in QSM at n = 51, early and late fusion are ahead by half of
+what the papers report. With four red nuclei to learn from in QSM, the papers' main point, all three
+are ahead over three seeds, but by a small part of the papers' gain, and only multimodal fusion
+beyond chance. In whole volumes late fusion is ahead there by much, though its interval still
+holds zero.
 
 **Where we do not.** The papers' gain is largest where labels are fewest. Ours is not: at n = 4 and
-8 no method is ahead on average, and with few labels in iMag late and multimodal fusion do harm. On
-the hippocampus a split is never ahead, with the published recipe or a strong one. What
-differs most is the network without a split: ours loses far less with few labels than theirs, which
-errs by voxels many centimetres away (its HD95). What they did differently with that network, the
-papers do not say; on images of real participants, in whole volumes, a split may well guard against
-such errors.
+8 no method is ahead on average over the tasks, and with four labels in iMag late and multimodal
+fusion do harm. On the hippocampus a split is never ahead, with the published recipe or a strong
+one. What differs most is the network without a split: ours loses far less with few labels than
+theirs, which errs by voxels many centimetres away (its HD95). What they did differently with that
+network, the papers do not say; on images of real participants, in whole volumes, a split may well
+guard against such errors.
 
 **On scans unlike those of training** the picture is mixed: early fusion is clearly ahead with 51
-labelled QSM, and behind for the red nucleus in R2*; most other differences are within chance or go
+labelled QSM, and behind in R2*; most other differences are within chance or go
 against the split.
 """
 
