@@ -215,16 +215,13 @@ def go_on(
     before: Mapping[str, Any] = spec.provenance
     phase = read_phase(folder / name)
     provenance = {
-        **{key: value for key, value in before.items() if key != "calibration"},
+        **trained_further(before, [phase]),
         "data": f"{before['data']}; then {phase['data']}",
         "steps": before["steps"] + phase["steps"],
         "windows": before["windows"] + phase["steps"] * phase["batch"],
-        "minutes": before["minutes"] + phase["minutes"],
-        "trained_on": f"{before['trained_on']}, then {spent([phase])}",
         "gone_on_from": bundle.sha256[:12],
-        "torch": torch.__version__,
-        "finished": time.strftime("%Y-%m-%d"),
     }
+    provenance.pop("calibration", None)
     final = replace(spec, calibration=None, provenance=provenance)
     digest = save_bundle(options.output, network, final, bundle.bank, dtype="float16")
     print(f"{options.output}: {phase['steps']} steps more, SHA-256 {digest}")
@@ -289,21 +286,29 @@ def relocate(
     assert network.locator is not None
     network.locator.load_state_dict(train_locator(spec, heads, folder, options))
     phases = [read_phase(folder / name) for name in LOCATOR_PHASES]
-    before: Mapping[str, Any] = spec.provenance
     steps = sum(phase["steps"] for phase in phases)
     provenance = {
-        **before,
+        **trained_further(spec.provenance, phases, " for the locator"),
         "steps_of_locator": steps,
         "data_of_locator": phases[0]["data"],
-        "minutes": before["minutes"] + sum(phase["minutes"] for phase in phases),
-        "trained_on": f"{before['trained_on']}, then {spent(phases)} for the locator",
         "locator_anew_of": bundle.sha256[:12],
-        "torch": torch.__version__,
-        "finished": time.strftime("%Y-%m-%d"),
     }
     final = replace(spec, provenance=provenance)
     digest = save_bundle(options.output, network, final, bundle.bank, dtype="float16")
     print(f"{options.output}: locator of {steps} steps, SHA-256 {digest}")
+
+
+def trained_further(
+    before: Mapping[str, Any], phases: Sequence[Mapping[str, Any]], what: str = ""
+) -> dict[str, Any]:
+    """Return what a model was trained on, with what more phases took."""
+    return {
+        **before,
+        "minutes": before["minutes"] + sum(phase["minutes"] for phase in phases),
+        "trained_on": f"{before['trained_on']}, then {spent(phases)}{what}",
+        "torch": torch.__version__,
+        "finished": time.strftime("%Y-%m-%d"),
+    }
 
 
 def fill_head(
