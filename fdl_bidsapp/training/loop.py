@@ -55,7 +55,7 @@ class Schedule:
     clip
         Largest norm of the gradient.
     mixed_precision
-        Whether to compute in bfloat16 where the device has it.
+        Whether to compute in bfloat16 where the device is faster for it.
     validate_every
         Steps between validations.
     keep_best

@@ -137,10 +137,12 @@ def test_device_follows_what_is_there(monkeypatch):
         resolve_device("tpu")
 
 
-def test_bfloat16_only_where_the_hardware_has_it(monkeypatch):
+def test_bfloat16_only_where_the_hardware_is_faster_for_it(monkeypatch):
     for capabilities, expected in (
         ({"avx512_bf16": True}, torch.bfloat16),
         ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True, "avx512_fp16": True, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True, "avx512_fp16": True, "amx_bf16": False}, None),
         ({"avx512_f": True}, None),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
