@@ -252,13 +252,14 @@ def fill(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
         rounds = 4
         jobs = [
             pool.submit(
-                *(fill_head, path, options.with_echoes),
-                *({k: files[k] for k in list(files)[i::n][part::rounds]}
-                  for files in (regions, heads)),
+                fill_head,
+                path,
+                options.with_echoes,
+                dict(list(regions.items())[first_of_part :: n * rounds]),
+                dict(list(heads.items())[first_of_part :: n * rounds]),
             )
-            for part in range(rounds)
-            for i, path in enumerate(maps)
-        ]  # fmt: skip
+            for first_of_part, path in enumerate(maps * rounds)
+        ]
         jobs += [
             pool.submit(fill_template, region, template_heads[seed], seed)
             for seed, region in template_regions.items()

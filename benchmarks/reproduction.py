@@ -114,8 +114,7 @@ network, the papers do not say; on images of real participants, in whole volumes
 guard against such errors.
 
 **On scans unlike those of training** the picture is mixed: early fusion is clearly ahead with 51
-labelled QSM, and behind in R2*; most other differences are within chance or go
-against the split.
+labelled QSM, and behind in R2*; most other differences are within chance or go against the split.
 """
 
 PAPERS_GRID = {
@@ -297,6 +296,8 @@ def picture(name: str, rows: Sequence[Row]) -> str:
         }
         for row in dice(rows)
     ]
+    # A method has one colour on the whole page, whichever were run for the first task.
+    results.sort(key=lambda row: list(METHODS.values()).index(row["method"]))
     path = PAGE.parent / "images" / f"reproduction_{name}.png"
     draw_figure(results, axes, path)
     return f"![Dice over the number of training cases](images/{path.name})"

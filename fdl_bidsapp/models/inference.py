@@ -70,10 +70,10 @@ def device_name(device: torch.device) -> str:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return ``torch.bfloat16`` where the device is the faster for it, else ``None``.
 
-    On a processor with AMX or with AVX512-BF16; not where the latter comes with AVX512-FP16 and
-    without AMX: such a processor has its AMX hidden by a virtual machine, and a training step in
-    bfloat16 takes it half as long again as one in float32. On a PyTorch that cannot name the
-    processor's capabilities the answer is ``None``.
+    On a processor that is one with AMX or with AVX512-BF16; but where the latter comes with
+    AVX512-FP16 and without AMX, as where a virtual machine hides AMX, float32 is faster
+    (``benchmarks/step_time.py`` measures both). On a PyTorch that cannot name the processor's
+    capabilities the answer is ``None``.
 
     Examples
     --------

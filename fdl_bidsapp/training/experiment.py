@@ -458,7 +458,8 @@ def draw_figure(results: Sequence[Mapping[str, Any]], axes: Sequence[str], path:
     Parameters
     ----------
     results
-        From :func:`aggregate`, with published values where :func:`add_published` found them.
+        From :func:`aggregate`, with published values where :func:`add_published` found them. The
+        lines have their colours and places in the order in which they are first met here.
     axes
         Settings that vary. The structures and targets are the task, with a panel for each of its
         values; any other but ``n_train`` makes a line.
@@ -471,13 +472,14 @@ def draw_figure(results: Sequence[Mapping[str, Any]], axes: Sequence[str], path:
     from matplotlib import pyplot as plt
 
     panels: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    names: dict[str, int] = {}
     for row in results:
         if row["metric"] == "dice" and row["structure"] == MEAN:
             task = ", ".join(row[axis] for axis in axes if axis in TASK_AXES)
             name = ", ".join(row[axis] for axis in axes if axis not in (*TASK_AXES, "n_train"))
             panels.setdefault(task, {}).setdefault(name or "model", []).append(row)
+            names.setdefault(name or "model", len(names))
     panels = dict(sorted(panels.items()))
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     columns = min(len(panels), 3)
     grid = (-(-len(panels) // columns), columns)
     width, height = (7, 4.5) if len(panels) == 1 else (3.6 * grid[1], 2.9 * grid[0])
@@ -491,10 +493,13 @@ def draw_figure(results: Sequence[Mapping[str, Any]], axes: Sequence[str], path:
     )
     for plot in plots.flat[len(panels) :]:
         plot.set_axis_off()
+    for plot in plots.flat[max(len(panels) - columns, 0) : len(panels)]:
+        # The lowest of its column, also where the last row is not full.
+        plot.tick_params(labelbottom=True)
     for (task, lines), plot in zip(panels.items(), plots.flat, strict=False):
         plot.set_title(task, fontsize="medium")
         for name, rows in lines.items():
-            _draw_line(plot, rows, name, names.index(name))
+            _draw_line(plot, rows, name, names[name])
         if "n_train" in axes:
             plot.set_xscale("log")
             numbers = sorted({int(float(row["n_train"])) for row in results})
@@ -506,6 +511,7 @@ def draw_figure(results: Sequence[Mapping[str, Any]], axes: Sequence[str], path:
     for plot in plots.flat:
         handles, labels = plot.get_legend_handles_labels()
         keys |= dict(zip(labels, handles, strict=True))
+    keys = dict(sorted(keys.items(), key=lambda key: names.get(key[0], len(names))))
     fig.legend(
         handles=list(keys.values()),
         labels=list(keys),
