@@ -219,6 +219,7 @@ def go_on(
         "data": f"{before['data']}; then {phase['data']}",
         "steps": before["steps"] + phase["steps"],
         "windows": before["windows"] + phase["steps"] * phase["batch"],
+        "seed": f"{before['seed']}, then {options.seed}",
         "gone_on_from": bundle.sha256[:12],
     }
     provenance.pop("calibration", None)
