@@ -215,11 +215,10 @@ def go_on(
     before: Mapping[str, Any] = spec.provenance
     phase = read_phase(folder / name)
     provenance = {
-        **trained_further(before, [phase]),
+        **trained_further(before, [phase], options.seed),
         "data": f"{before['data']}; then {phase['data']}",
         "steps": before["steps"] + phase["steps"],
         "windows": before["windows"] + phase["steps"] * phase["batch"],
-        "seed": f"{before['seed']}, then {options.seed}",
         "gone_on_from": bundle.sha256[:12],
     }
     provenance.pop("calibration", None)
@@ -290,7 +289,7 @@ def relocate(
     phases = [read_phase(folder / name) for name in LOCATOR_PHASES]
     steps = sum(phase["steps"] for phase in phases)
     provenance = {
-        **trained_further(spec.provenance, phases, " for the locator"),
+        **trained_further(spec.provenance, phases, options.seed, " for the locator"),
         "steps_of_locator": steps,
         "data_of_locator": phases[0]["data"],
         "locator_anew_of": bundle.sha256[:12],
@@ -301,13 +300,14 @@ def relocate(
 
 
 def trained_further(
-    before: Mapping[str, Any], phases: Sequence[Mapping[str, Any]], what: str = ""
+    before: Mapping[str, Any], phases: Sequence[Mapping[str, Any]], seed: int, what: str = ""
 ) -> dict[str, Any]:
-    """Return what a model was trained on, with what more phases took."""
+    """Return what a model was trained on, with what more phases took and their seed."""
     return {
         **before,
         "minutes": before["minutes"] + sum(phase["minutes"] for phase in phases),
         "trained_on": f"{before['trained_on']}, then {spent(phases)}{what}",
+        "seed": f"{before['seed']}, then {seed}{what}",
         "torch": torch.__version__,
         "finished": time.strftime("%Y-%m-%d"),
     }

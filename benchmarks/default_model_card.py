@@ -64,9 +64,7 @@ field of view and slabs; docs/simulation.md lists every effect of the simulator 
 source. A phase on label maps alone then forgot the template's heads: on one of the demonstration's
 it took left for right. So the weights were averaged with those before it
 (`benchmarks/average_weights.py`) and trained on with both kinds of heads
-(`benchmarks/default_model.py --again`), three times: the last two with seeds 1 and 2, on scans
-drawn for that (`--first-draw 1000` and `1200`), of which six in ten went through their echoes
-(`--with-echoes 0.6`), where two in ten had before.
+(`benchmarks/default_model.py --again`).
 
 **What was not checked.** Any real scan with experts' labels. The nuclei of the label maps are one
 template's shapes, deformed; white matter has no fibres, lesions and atrophy are missing. Expect it
