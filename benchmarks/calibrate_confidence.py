@@ -63,6 +63,8 @@ FOLDS = 4
 BINS = 10
 CAUGHT, WRONGLY = 0.9, 0.1
 """Aims: least share of bad structures flagged, largest share of the others."""
+USELESS_DICE = 0.5
+"""Below this a mask has less in common with the truth than apart from it."""
 
 
 def main() -> None:
@@ -402,6 +404,7 @@ def flag_rates(cases: pd.DataFrame) -> pd.DataFrame:
     own = cases["flag"].str.contains("low_confidence|empty|failed")
     cases = cases.assign(
         bad=cases["dice"] < BAD_DICE,
+        useless=cases["dice"] < USELESS_DICE,
         confident_flag=own,
         any_flag=cases["flag"] != "ok",
         error=(cases["confidence"] - cases["dice"]).abs(),
@@ -417,7 +420,8 @@ def flag_rates(cases: pd.DataFrame) -> pd.DataFrame:
                 rows.append({"group": group, "target": target, "structure": structure}
                             | {"unit": "mask"} | _rates(chosen))  # fmt: skip
             scans = some.groupby(["target", "scan"]).agg(
-                {"bad": "any", "confident_flag": "any", "any_flag": "any", "error": "mean"}
+                {name: "any" for name in ("bad", "useless", "confident_flag", "any_flag")}
+                | {"error": "mean"}
             )
             rows.append({"group": group, "target": target, "structure": "all"}
                         | {"unit": "scan"} | _rates(scans))  # fmt: skip
@@ -428,14 +432,16 @@ def flag_rates(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rates(cases: pd.DataFrame) -> dict[str, Any]:
-    bad, good = cases[cases["bad"]], cases[~cases["bad"]]
+    bad, good, useless = cases[cases["bad"]], cases[~cases["bad"]], cases[cases["useless"]]
     return {
         "n": len(cases),
         "n_bad": len(bad),
-        "caught": bad["confident_flag"].mean() if len(bad) else np.nan,
-        "wrongly_flagged": good["confident_flag"].mean() if len(good) else np.nan,
-        "caught_by_any_flag": bad["any_flag"].mean() if len(bad) else np.nan,
-        "wrongly_flagged_by_any": good["any_flag"].mean() if len(good) else np.nan,
+        "caught": bad["confident_flag"].mean(),
+        "wrongly_flagged": good["confident_flag"].mean(),
+        "caught_by_any_flag": bad["any_flag"].mean(),
+        "wrongly_flagged_by_any": good["any_flag"].mean(),
+        "n_useless": len(useless),
+        "useless_caught": useless["confident_flag"].mean(),
         "absolute_error": cases["error"].mean(),
     }
 
