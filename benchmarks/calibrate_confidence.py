@@ -11,8 +11,9 @@ range, the same with effects at their harsh end, slabs that hold some nuclei or 
 the template's head, whose nuclei are of other shapes. It segments them with the same functions as
 the app, and fits the Dice of each structure to what describes it. Whether a structure has weights
 of its own for each target, or the same for all, or the same but for the level, is chosen by what
-foretells the Dice of heads that were left out; so is the threshold of the flag. The weights of the
-network stay as they are. ``fit`` goes on where it was stopped.
+foretells the Dice of heads that were left out; so is the threshold of the flag, for a cohort in
+which three scans in four are ordinary and one is of the full range. The weights of the network stay
+as they are. ``fit`` goes on where it was stopped.
 
 ``check`` takes the cases that ``default_model_accuracy.py`` has measured on the test heads, and
 draws expected against true Dice, and counts how many of the bad ones were flagged.
@@ -59,6 +60,10 @@ HARSH = 3
 """Effects at their harsh end in one of four scans."""
 SLABS, OFFSETS = (40.0, 70.0), (20.0, 80.0)
 """Thickness and displacement of slabs that lie too high, in one of eight scans, mm."""
+MIX = {"ordinary": 3.0, "full": 1.0}
+"""How many scans of each kind the cohort has for which the threshold is chosen. The others teach
+what a bad mask looks like; few scans are like them, and they would set the threshold too low for
+those that are usual."""
 FOLDS = 4
 BINS = 10
 CAUGHT, WRONGLY = 0.9, 0.1
@@ -127,8 +132,8 @@ def fit(options: argparse.Namespace) -> None:
     )
     rows, start = [], time.monotonic()
     with workers(options.processes) as pool:
-        for i, found in enumerate(pool.map(measure, draws)):
-            rows += found
+        for i, (draw, found) in enumerate(zip(draws, pool.map(measure, draws), strict=True)):
+            rows += [{**row, "group": draw.group} for row in found]
             minutes = (time.monotonic() - start) / 60
             print(f"{i + 1} of {len(draws)} scans, {minutes:.1f} min", flush=True)
     cases = pd.DataFrame(rows)
@@ -174,13 +179,14 @@ def calibration_draw(i: int, heads: Sequence[str], seed: int, words: Sequence[st
     # Each head comes in each kind.
     head = heads[(i + i // len(heads)) % len(heads)]
     profile = "ordinary" if i % 4 == 0 else "full"
-    return Draw(f"calibration{i:04d}", "calibration", head, (seed, i), profile, {**given, **forced})
+    group = "harsh" if forced else profile
+    return Draw(f"calibration{i:04d}", group, head, (seed, i), profile, {**given, **forced})
 
 
 def template_draw(i: int, seed: int) -> Draw:
     """Return the i-th scan of the template's head, of which each seed makes another one."""
     name = f"{TEMPLATE}{i:04d}"
-    return Draw(name, "calibration", name, (seed + i,), "ordinary")
+    return Draw(name, TEMPLATE, name, (seed + i,), "ordinary")
 
 
 def scanned(
@@ -297,15 +303,16 @@ def calibrate(cases: pd.DataFrame) -> tuple[Calibration, pd.DataFrame]:
                 }
             )
     # A mask that is empty where it should not be is bad, and flagged for that.
-    dice = pd.concat([cases["dice"], nothing["dice"]], ignore_index=True)
-    foretold = pd.concat([foretold, nothing["dice"]], ignore_index=True)
-    threshold = choose_threshold(foretold.tolist(), dice.tolist())
-    bad = dice < BAD_DICE
-    flagged = foretold < threshold
-    print(
-        f"left-out heads: {bad.sum()} of {len(dice)} masks below {BAD_DICE}; flagged "
-        f"{flagged[bad].mean():.3f} of these and {flagged[~bad].mean():.3f} of the others"
-    )
+    every = pd.concat([cases.assign(foretold=foretold), nothing.assign(foretold=0.0)])
+    counts = every["group"].value_counts()
+    weight = every["group"].map(lambda group: MIX.get(group, 0.0) / counts[group])
+    threshold = choose_threshold(*(each.tolist() for each in (every.foretold, every.dice, weight)))
+    for group, part in every.groupby("group", sort=False):
+        bad, flagged = part["dice"] < BAD_DICE, part["foretold"] < threshold
+        print(
+            f"left-out heads, {group}: {bad.sum()} of {len(part)} masks below {BAD_DICE}; flagged "
+            f"{flagged[bad].mean():.3f} of these and {flagged[~bad].mean():.3f} of the others"
+        )
     return Calibration(weights, threshold), pd.DataFrame(rows)
 
 

@@ -301,7 +301,9 @@ def fit_weights(cases: Sequence[Features], dice: Sequence[float]) -> dict[str, f
     return {name: float(f"{w:.6g}") for name, w in {INTERCEPT: intercept, **weights}.items()}
 
 
-def choose_threshold(confidence: Sequence[float], dice: Sequence[float]) -> float:
+def choose_threshold(
+    confidence: Sequence[float], dice: Sequence[float], weights: Sequence[float] | None = None
+) -> float:
     """Choose the expected Dice below which a structure is to be flagged.
 
     The aims are to catch nine in ten of the bad ones, those of a Dice below :data:`BAD_DICE`, and
@@ -312,6 +314,8 @@ def choose_threshold(confidence: Sequence[float], dice: Sequence[float]) -> floa
     ----------
     confidence, dice
         Expected and true Dice of structures whose expected Dice is not from a fit to themselves.
+    weights
+        How many structures like it each stands for, 0 or more; without them, all count alike.
 
     Returns
     -------
@@ -323,7 +327,10 @@ def choose_threshold(confidence: Sequence[float], dice: Sequence[float]) -> floa
     >>> choose_threshold([0.5, 0.6, 0.8, 0.9], [0.4, 0.6, 0.8, 0.9])
     0.7
     """
-    values, bad = np.asarray(confidence, float), np.asarray(dice, float) < BAD_DICE
+    share = np.ones(len(dice)) if weights is None else np.asarray(weights, float)
+    counted = share > 0
+    values, share = np.asarray(confidence, float)[counted], share[counted]
+    bad = np.asarray(dice, float)[counted] < BAD_DICE
     if bad.all() or not bad.any():
         return BAD_DICE
     levels = np.unique(values)
@@ -331,8 +338,10 @@ def choose_threshold(confidence: Sequence[float], dice: Sequence[float]) -> floa
     candidates = np.clip((levels[1:] + levels[:-1]) / 2, 0.01, 0.99)
     if not candidates.size:
         return BAD_DICE
-    caught = np.array([(values[bad] < level).mean() for level in candidates])
-    wrongly = np.array([(values[~bad] < level).mean() for level in candidates])
+    caught, wrongly = (
+        np.array([np.average(values[part] < level, weights=share[part]) for level in candidates])
+        for part in (bad, ~bad)
+    )
     room = np.minimum(caught - 0.9, 0.1 - wrongly)
     best = candidates[room >= room.max() - 1e-12]
     return round(float(np.median(best)), 4)

@@ -175,6 +175,19 @@ def test_without_good_and_bad_cases_the_threshold_is_that_of_a_bad_dice(dice):
     assert choose_threshold([0.6, 0.8], dice) == 0.7
 
 
+def test_threshold_is_that_of_the_scans_that_count():
+    rng = np.random.default_rng(0)
+    dice = rng.beta(6, 1.5, 2000)
+    confidence = dice + rng.normal(0, 0.03, 2000)
+    others = np.clip(dice - 0.2, 0.01, 1)
+    weights = np.repeat([1.0, 0.0], 2000)
+    both = [*confidence, *others], [*dice, *dice]
+    assert choose_threshold(*both, weights) == choose_threshold(confidence, dice)
+    assert choose_threshold(*both) != choose_threshold(confidence, dice)
+    doubled = choose_threshold([*confidence, *others, *others], [*dice, *dice, *dice])
+    assert choose_threshold(*both, np.repeat([0.5, 1.0], 2000)) == doubled
+
+
 def test_confidence_lies_between_0_and_1_whatever_the_features():
     wild = dict.fromkeys(SIGNS, 1e9)
     for weight in (-1e4, 1e4):
