@@ -260,20 +260,22 @@ def robust(effects: pd.DataFrame) -> str:
 
 
 def trusted(flags: pd.DataFrame) -> str:
-    """Say how well bad masks are flagged."""
-    row = flags[
-        (flags["group"] == "ordinary and full")
-        & (flags["target"] == "all")
-        & (flags["structure"] == "all")
-        & (flags["unit"] == "mask")
-    ].iloc[0]
+    """Say how well bad masks are flagged, and scans with any bad mask by any flag."""
+    flags = flags[(flags["group"] == "ordinary and full") & (flags["structure"] == "all")]
+    flags = flags.set_index(["unit", "target"])
+    row, scans, scans_in_qsm = (
+        flags.loc[which] for which in (("mask", "all"), ("scan", "all"), ("scan", "qsm"))
+    )
     return paragraph(
         f"Of the masks with a Dice below 0.7 {row['caught']:.0%} were flagged, and"
         f" {row['wrongly_flagged']:.0%} of the others (aims: 90 and 10 %; {row['n_bad']:.0f} and"
         f" {row['n'] - row['n_bad']:.0f} masks in all targets; the expected Dice is off by"
         f" {row['absolute_error']:.2f} on average). Of the {row['n_useless']:.0f} with a Dice below"
-        f" {USELESS_DICE:g}, {row['useless_caught']:.1%} were flagged:"
-        " `benchmarks/results/default_model_flags.tsv`, docs/confidence.md."
+        f" {USELESS_DICE:g}, {row['useless_caught']:.1%} were flagged. Of the scans in which any of"
+        f" the masks is below 0.7, {scans['caught']:.0%} had a flag (in QSM"
+        f" {scans_in_qsm['caught']:.0%}), of the other scans {scans['wrongly_flagged']:.0%} (in QSM"
+        f" {scans_in_qsm['wrongly_flagged']:.0%}): `benchmarks/results/default_model_flags.tsv`,"
+        " docs/confidence.md."
     )
 
 
