@@ -167,8 +167,12 @@ def state(
     return f"{text} The confidence {calibrated}."
 
 
-MEASURES = {"hd95": "HD95", "volume_bias": "bias of the volume"}
-MEASURES |= {"volume_r": "correlation of volumes", "qsm_bias": "bias of the mean QSM"}
+MEASURES = {
+    "hd95": "HD95",
+    "volume_bias": "bias of the volume",
+    "volume_r": "correlation of volumes",
+    "qsm_bias": "bias of the mean QSM",
+}
 
 
 def measurement(figures: pd.DataFrame) -> str:
@@ -180,9 +184,10 @@ def measurement(figures: pd.DataFrame) -> str:
         f" {WORDS[row['target']]}, {row['value']:.3f} against {row['bar']:g}"
         for row in judged[judged["met"] == "missed"].to_dict("records")
     ]
-    text = f"Of {len(judged)} aims for distance, volume and iron in ordinary scans"
-    return f"{text} {len(judged) - len(missed)} are met" + (
-        f" (missed: {'; '.join(missed)})" if missed else ""
+    told = f" (missed: {'; '.join(missed)})" if missed else ""
+    return (
+        f"Of {len(judged)} aims for distance, volume and iron in ordinary scans"
+        f" {len(judged) - len(missed)} are met{told}"
     )
 
 
@@ -206,8 +211,14 @@ def elsewhere(bundle: Bundle) -> str:
 def others(bundle: Bundle) -> str:
     """Say what becomes of images that the simulator did not make."""
     plain, real = measured("plain_images", bundle), measured("real_head", bundle)
-    kinds = {"clean": "QSM without noise", "noisy": "with noise", "divided": "with streaks"}
-    kinds |= {"unmasked": "and without a mask of the brain", "r2star": "R2*", "imag": "iMag"}
+    kinds = {
+        "clean": "QSM without noise",
+        "noisy": "with noise",
+        "divided": "with streaks",
+        "unmasked": "and without a mask of the brain",
+        "r2star": "R2*",
+        "imag": "iMag",
+    }
     told = "; ".join(
         f"{words} "
         + ", ".join(f"{mean:.2f}" for mean in plain.loc[plain["images"] == kind, "dice_mean"])

@@ -1,12 +1,11 @@
 """The default model on images that the package's simulator did not make.
 
     python benchmarks/other_images.py --labels-dir ../shared/data/headlabels
-        --tissue ../shared/reference/tissue_properties.tsv
         --real-head ../shared/data/megre/dcm_qa_philips_enh --work WORK
 
-Plain images of the four heads that no training has seen, made here with NumPy and SciPy alone:
-each tissue has the one value of the table, with soft borders and noise, and nothing of what the
-simulator adds (no shapes of its own, texture, veins, ghosts, bias); QSM also as a thresholded
+Plain images of the four heads that no training has seen, made here with NumPy and SciPy: each
+tissue has the one value of the package's table, with soft borders and noise, and nothing else of
+what the simulator adds (shapes of its own, texture, veins, ghosts, bias); QSM also as a thresholded
 division of its own field gives it. The truth is known.
 
 And the one real head at hand: magnitude and phase of two echoes at 3 mm, from which the app makes
@@ -18,11 +17,10 @@ Writes ``results/plain_images.tsv`` and ``results/real_head.tsv``.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +31,28 @@ import pandas as pd
 import scipy.ndimage as ndi
 from default_model_accuracy import HEADS, RESULTS
 from experiment_tables import made_by
+from machine import command_line
+from real_echoes import DCM_QA
 
-from fdl_bidsapp.bids.outputs import write_json, write_tsv
+from fdl_bidsapp.bids.outputs import write_image, write_json, write_tsv
 from fdl_bidsapp.imaging.overlap import dice
 from fdl_bidsapp.models.bundle import Bundle, load_bundle
 from fdl_bidsapp.settings import CONTRASTS
+from fdl_bidsapp.simulation.labelmaps import INTRACRANIAL
+from fdl_bidsapp.simulation.physiology import all_tissues, label_map_table
+from fdl_bidsapp.simulation.writing import MAPS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Array = np.ndarray
 
-TISSUES = (
-    *("red_nucleus", "dentate_nucleus", "substantia_nigra", "subthalamic_nucleus"),
-    *("cerebellar_white_matter", "cerebellar_cortex", "white_matter", "putamen", "caudate"),
-    *("thalamus", "brainstem", "choroid_plexus", "csf"),
-)
-"""Of the table of tissues, those that label maps name alike."""
+NO_BRAIN = {"eyeball", "optic_chiasm", "optic_nerve", "spinal_cord"}
+"""Structures of a tissue of the brain that lie outside it."""
 
-OTHERS = {
-    "pallidum": "globus_pallidus", "ventricle": "csf", "ventral_diencephalon": "white_matter",
-    "cerebral_cortex": "cortical_grey", "hippocampus": "cortical_grey",
-    "amygdala": "cortical_grey", "accumbens": "cortical_grey",
-}  # fmt: skip
 ECHO_TIMES = np.arange(1, 6) * 5e-3
 """Seconds."""
 
-SUFFIXES = {"qsm": "Chimap", "r2star": "R2starmap", "imag": "desc-echomean_T2starw"}
 UNITS = {"qsm": "ppm", "r2star": "1/s", "imag": "arbitrary"}
 THRESHOLD = 0.15
 """Of the dipole kernel, below which the division takes this in its place."""
@@ -80,15 +73,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--labels-dir", type=Path, required=True)
-    parser.add_argument("--tissue", type=Path, required=True, help="table of tissue values")
     parser.add_argument("--real-head", type=Path, required=True, help="folder of its echoes")
     parser.add_argument("--work", type=Path, required=True)
     options = parser.parse_args()
     bundle = load_bundle("default")
-    command = (
-        "python benchmarks/other_images.py --labels-dir LABELS --tissue TABLE --real-head ECHOES"
-        " --work WORK"
-    )
+    command = command_line("benchmarks/other_images.py", WORK=options.work)
     made = {"model_sha256": bundle.sha256[:12], **made_by(command)}
     for name, rows in (
         ("plain_images", plain(options, bundle)),
@@ -100,19 +89,18 @@ def main() -> None:
 def plain(options: argparse.Namespace, bundle: Bundle) -> list[dict[str, Any]]:
     """Segment the plain images, and compare with the label maps."""
     folder = fresh(options.work / "plain")
+    names = pd.read_csv(options.labels_dir / "dseg.tsv", sep="\t")
     truths = {}
     for h, head in enumerate(HEADS):
         image = nib.load(options.labels_dir / f"{head}_dseg.nii.gz")
-        names = pd.read_csv(options.labels_dir / "dseg.tsv", sep="\t")
-        truths[head] = truth(np.asarray(image.dataobj), names, bundle)
-        for kind, contrast, values in images(
-            np.asarray(image.dataobj), names, options.tissue, np.random.default_rng(h)
-        ):
+        labels = np.asarray(image.dataobj)
+        truths[head] = truth(labels, names, bundle)
+        structures = dict(zip(names["index"], names["name"], strict=True))
+        for kind, contrast, values in images(labels, structures, np.random.default_rng(h)):
             scan = f"{head}{kind}"
-            stem = folder / "bids" / scan / "anat" / f"{scan}_{SUFFIXES[contrast]}"
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(values.astype(np.float32), image.affine), f"{stem}.nii.gz")
-            write_json(stem.with_name(f"{stem.name}.json"), {"Units": UNITS[contrast]})
+            stem = folder / "bids" / scan / "anat" / f"{scan}_{MAPS[contrast]}"
+            write_json(Path(f"{stem}.json"), {"Units": UNITS[contrast]})
+            write_image(f"{stem}.nii.gz", nib.Nifti1Image(values.astype(np.float32), image.affine))
     out = run_app(folder)
     cases = []
     for file in sorted(out.rglob("*_morph.tsv")):
@@ -152,24 +140,25 @@ def truth(labels: Array, names: pd.DataFrame, bundle: Bundle) -> Array:
 
 
 def images(
-    labels: Array, names: pd.DataFrame, table: Path, rng: np.random.Generator
+    labels: Array, structures: Mapping[int, str], rng: np.random.Generator
 ) -> Iterator[tuple[str, str, Array]]:
     """Give name, contrast and values of each image of a head."""
-    values = pd.read_csv(table, sep="\t").set_index("tissue")
-    # What is in the head, but not in the brain: little of the one, some of the other.
-    chi, decay = np.zeros(labels.shape), np.where(labels > 0, 25.0, 0.0)
-    density, brain = np.where(labels > 0, 0.5, 0.0), np.zeros(labels.shape, bool)
-    for index, name in zip(names["index"], names["name"], strict=True):
-        tissue = next((t for t in TISSUES if t in name), None)
-        tissue = tissue or next((t for part, t in OTHERS.items() if part in name), None)
-        if tissue:
-            here = labels == index
-            chi[here], decay[here], density[here] = values.loc[
-                tissue, ["chi_ppm", "r2star_3t", "rho"]
-            ]
-            brain |= here
-    brain = ndi.binary_fill_holes(brain)
-    chi, decay, density = (ndi.gaussian_filter(each, EDGE) for each in (chi, decay, density))
+    tissue = label_map_table()["tissues"]
+    inside = {
+        index: all_tissues()[tissue[name]]
+        for index, name in structures.items()
+        if tissue[name] in INTRACRANIAL and name not in NO_BRAIN
+    }
+
+    def painted(what: str, elsewhere: float) -> Array:
+        lookup = np.full(max(structures) + 1, elsewhere)
+        lookup[0] = 0
+        for index, values in inside.items():
+            lookup[index] = values[what]
+        return ndi.gaussian_filter(lookup[labels], EDGE)
+
+    chi, decay, density = painted("chi", 0.0), painted("r2star", 25.0), painted("rho", 0.5)
+    brain = ndi.binary_fill_holes(np.isin(labels, list(inside)))
     noise = rng.standard_normal(labels.shape)
     yield "clean", "qsm", chi * brain
     yield "noisy", "qsm", (chi + NOISE["qsm"] * noise) * brain
@@ -201,7 +190,7 @@ def real(options: argparse.Namespace, bundle: Bundle) -> list[dict[str, Any]]:
     anat.mkdir(parents=True)
     for echo in (1, 2):
         for ending, part in (("", "mag"), ("_ph", "phase")):
-            source = options.real_head / f"2001_WIP_fcMRI_Field_Mapping_cl_e{echo}{ending}"
+            source = options.real_head / f"{DCM_QA}{echo}{ending}"
             for kind in (".nii.gz", ".json"):
                 copy = anat / f"sub-01_echo-{echo}_part-{part}_MEGRE{kind}"
                 shutil.copyfile(f"{source}{kind}", copy)
@@ -216,19 +205,22 @@ def real(options: argparse.Namespace, bundle: Bundle) -> list[dict[str, Any]]:
             {"target": target, "structure": row["abbreviation"], **{key: row[key] for key in kept}}
             for row in table.to_dict("records")
         ]
-    draw(options.work / "real_head.png", folder / "out-qsm")
+    draw(options.work / "real_head.png", folder / "out-qsm", bundle)
     print(pd.DataFrame(rows).to_string(), file=sys.stderr)
     return rows
 
 
-def draw(path: Path, out: Path) -> None:
+def draw(path: Path, out: Path, bundle: Bundle) -> None:
     """Draw the QSM through the middle of each pair of nuclei, without and with the masks."""
     chi, masks = (
         np.squeeze(nib.as_closest_canonical(nib.load(next(out.rglob(name)))).get_fdata())
         for name in ("*_Chimap.nii.gz", "*_seg-fdl_dseg.nii.gz")
     )
-    pairs = [np.isin(masks, (index, index + 1)) for index in (1, 3, 5, 7)]
-    figure, axes = plt.subplots(2, 4, figsize=(13, 7))
+    indices: dict[str, list[int]] = {}
+    for label in bundle.spec.labels:
+        indices.setdefault(label.structure, []).append(label.index)
+    pairs = [np.isin(masks, pair) for pair in indices.values()]
+    figure, axes = plt.subplots(2, len(pairs), figsize=(13, 7))
     for column, pair in zip(axes.T, pairs, strict=True):
         z = int(np.argmax(pair.sum((0, 1))))
         for axis in column:
@@ -243,9 +235,8 @@ def draw(path: Path, out: Path) -> None:
 def fresh(folder: Path) -> Path:
     """Make an empty folder with an empty dataset in it."""
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "bids").mkdir(parents=True)
     about = {"Name": "Images that the simulator did not make", "BIDSVersion": "1.10.0"}
-    (folder / "bids" / "dataset_description.json").write_text(json.dumps(about), "utf-8")
+    write_json(folder / "bids" / "dataset_description.json", about)
     return folder
 
 

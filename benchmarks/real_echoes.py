@@ -42,6 +42,9 @@ Made = tuple[Array, Array, dict[str, Array]]
 """Field in ppm, where it is known, and the maps that were made of it."""
 
 RESULTS = Path(__file__).parent / "results" / "real_echoes.tsv"
+DCM_QA = "2001_WIP_fcMRI_Field_Mapping_cl_e"
+"""Of the files of ``dcm_qa_philips_enh``, what is before the number of the echo."""
+
 PLAUSIBLE = (5.0, 60.0)
 """1/s, of the middle of a brain's R2* from 1.5 to 7 T."""
 
@@ -89,13 +92,12 @@ def samples(options: argparse.Namespace) -> Iterator[tuple[str, RawEchoes, Made]
     )
     yield "romeo_small", echoes, (field, inside, {})
 
-    stem = "2001_WIP_fcMRI_Field_Mapping_cl_e"
     parts = {"": [], "_ph": []}
     times = []
     for echo in (1, 2):
         for ending, images in parts.items():
-            images.append(nib.load(options.dcm_qa / f"{stem}{echo}{ending}.nii.gz"))
-        sidecar = json.loads((options.dcm_qa / f"{stem}{echo}.json").read_text("utf-8"))
+            images.append(nib.load(options.dcm_qa / f"{DCM_QA}{echo}{ending}.nii.gz"))
+        sidecar = json.loads((options.dcm_qa / f"{DCM_QA}{echo}.json").read_text("utf-8"))
         times.append(float(sidecar["EchoTime"]))
     magnitude, phase = (
         np.stack([image.get_fdata(dtype=np.float32) for image in images], -1)
