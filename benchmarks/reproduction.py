@@ -310,10 +310,12 @@ def verdict(rows: Sequence[Row]) -> str:
     for found, words in (
         (better, "The split is better, its interval above zero, at"),
         (worse, "It is worse, its interval below zero, at"),
-        (open_, "The interval holds zero at"),
     ):
         if found:
             said.append(f"{words} {'; '.join(', '.join(point(row)) for row in found)}.")
+    if open_:
+        others = f"The interval holds zero at the other {len(open_)}."
+        said.append(others if said else "Each interval holds zero.")
     return " ".join(said)
 
 
