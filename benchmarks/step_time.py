@@ -5,6 +5,10 @@
 Appends to ``benchmarks/results/step_time.tsv``: the median over the steps made within ``--seconds``
 (three at least, after one to warm up), the load of the machine before it, and the ratio to the same
 step without a split. On a GPU, also with the network's kernels replayed, as ``fdl train`` does.
+
+A method costs more than its split: it has convolutions of its own on the full grid. ``split_share``
+is the part of a step that goes into splitting and placing, there and back, timed by itself call by
+call.
 """
 
 from __future__ import annotations
@@ -13,14 +17,19 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 from machine import machine
+from torch import Tensor
 
 from fdl_bidsapp.labels import by_abbreviation
 from fdl_bidsapp.memory import kept_memory
+from fdl_bidsapp.models import fdl
 from fdl_bidsapp.models.fdl import ModelSpec, build_network
 from fdl_bidsapp.models.inference import resolve_device
 from fdl_bidsapp.training.loop import RecordedNetwork
@@ -39,6 +48,7 @@ COLUMNS = (
     "seconds",
     "steps_per_second",
     "ratio_to_none",
+    "split_share",
     "device",
     "threads",
     "load",
@@ -68,7 +78,7 @@ def main() -> None:
             unsplit = None
             for method in options.methods:
                 load = os.getloadavg()[0]
-                seconds = step_seconds(
+                seconds, split = step_seconds(
                     method, shape, width, precision, recorded, device, options.seconds
                 )
                 unsplit = seconds if method == "none" else unsplit
@@ -82,6 +92,7 @@ def main() -> None:
                     f"{seconds:.4f}",
                     f"{1 / seconds:.3g}",
                     "n/a" if unsplit is None else f"{seconds / unsplit:.2f}",
+                    f"{split / seconds:.3f}",
                     name or device.type,
                     options.threads,
                     f"{load:.1f}",
@@ -100,8 +111,8 @@ def step_seconds(
     recorded: bool,
     device: torch.device,
     budget: float,
-) -> float:
-    """Return the median time of a training step, in seconds."""
+) -> tuple[float, float]:
+    """Return the median time of a training step, and of its splitting and placing, in seconds."""
     spec = ModelSpec(
         "timed",
         method=method,
@@ -114,24 +125,73 @@ def step_seconds(
     optimiser = torch.optim.AdamW(network.parameters(), fused=device.type == "cuda" or None)
     image = torch.rand(1, 1, *shape, device=device)
     classes = torch.randint(0, 3, (1, *shape), device=device)
-    times: list[float] = []
+    precise = partial(
+        torch.autocast,
+        device.type,
+        torch.bfloat16,
+        enabled=precision == "bfloat16",
+        cache_enabled=not recorded,
+    )
+
+    def step() -> None:
+        with precise():
+            (logits,) = run(image, [])
+        optimiser.zero_grad(set_to_none=True)
+        dice_cross_entropy_loss(logits, classes).backward()
+        optimiser.step()
+
     with kept_memory():  # as in a training
-        while len(times) < 4 or sum(times) < budget:
-            start = time.perf_counter()
-            with torch.autocast(
-                device.type,
-                torch.bfloat16,
-                enabled=precision == "bfloat16",
-                cache_enabled=not recorded,
-            ):
-                (logits,) = run(image, [])
-            optimiser.zero_grad(set_to_none=True)
-            dice_cross_entropy_loss(logits, classes).backward()
-            optimiser.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+        seconds = median_seconds(step, device, budget)
+        with precise():
+            calls = split_calls(network, image)
+        split = partial(there_and_back, calls)
+        return seconds, median_seconds(split, device, budget / 4) if calls else 0.0
+
+
+def median_seconds(work: Callable[[], None], device: torch.device, budget: float) -> float:
+    """Return the median time of a piece of work, once it is warm."""
+    times: list[float] = []
+    while len(times) < 4 or sum(times) < budget:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
+
+
+Call = tuple[Callable[..., Tensor | tuple[Tensor, Tensor]], list[object]]
+
+
+def split_calls(network: torch.nn.Module, image: Tensor) -> list[Call]:
+    """Return what a network splits and places in one run."""
+    calls: list[Call] = []
+
+    def told(function: Callable[..., Tensor], *values: object) -> Tensor:
+        kept = [
+            value.detach().clone().requires_grad_(value.requires_grad)
+            if isinstance(value, Tensor)
+            else value
+            for value in values
+        ]
+        calls.append((function, kept))
+        return function(*values)
+
+    with (
+        mock.patch.object(fdl, "split", partial(told, fdl.split)),
+        mock.patch.object(fdl, "place", partial(told, fdl.place)),
+    ):
+        network(image, [])
+    return calls
+
+
+def there_and_back(calls: list[Call]) -> None:
+    """Split and place, with the gradients that a training takes."""
+    for function, values in calls:
+        found = function(*values)
+        for tensor in found if isinstance(found, tuple) else (found,):
+            if tensor.requires_grad:
+                torch.autograd.backward(tensor, torch.ones_like(tensor))
 
 
 if __name__ == "__main__":
