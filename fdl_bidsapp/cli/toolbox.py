@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NoReturn
 from fdl_bidsapp import __version__
 from fdl_bidsapp.cli import features
 from fdl_bidsapp.cli.train import add_commands, add_flips
-from fdl_bidsapp.cli.trouble import explain
+from fdl_bidsapp.cli.trouble import explain, reader_left
 from fdl_bidsapp.errors import FdlError, OutputError, UsageError
 from fdl_bidsapp.processor import wait_politely
 from fdl_bidsapp.settings import CONTRASTS, DEVICES, PAPER_MEASURES
@@ -33,11 +34,14 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(argv)
         code: int = options.command(options)
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print("fdl: stopped", file=sys.stderr)
         return 130
     except Exception as error:
+        if reader_left(error):
+            return 128 + signal.SIGPIPE
         told = explain(error)
         print(f"fdl: {told}", file=sys.stderr)
         return told.exit_code

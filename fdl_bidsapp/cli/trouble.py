@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import tempfile
 import time
@@ -64,3 +65,20 @@ def visible(text: str) -> str:
     return "".join(
         sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
     )
+
+
+def reader_left(error: Exception) -> bool:
+    """Tell whether an error is no more than that nobody reads our output on, as after ``| head``.
+
+    What else is written to standard output, also by Python at its end, then goes nowhere.
+    """
+    if not isinstance(error, BrokenPipeError):
+        return False
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in pipe.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -41,6 +44,18 @@ def segment(tmp_path, blob_model):
         )
 
     return command
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_who_leaves_is_no_fault_of_the_disk(buffered):
+    program = "from fdl_bidsapp.cli.toolbox import main; main(['models', 'show', 'default'])"
+    flags = [] if buffered else ["-u"]
+    shown = subprocess.Popen(
+        [sys.executable, *flags, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    shown.stdout.close()
+    _, told = shown.communicate(timeout=60)
+    assert (shown.returncode, told) == (128 + signal.SIGPIPE, b"")
 
 
 def test_each_image_gets_a_label_map_of_its_name_on_its_grid(tmp_path, images, segment, blobs):
