@@ -40,6 +40,8 @@ class CaseBatches:
         Cases in a step.
     augment
         Strength of the variation; 0 for none.
+    warped
+        Share of the windows that are warped, where windows are varied.
     seed
         All batches follow from it.
     front
@@ -55,6 +57,7 @@ class CaseBatches:
         *,
         batch: int = 1,
         augment: float = 0.0,
+        warped: float = 1.0,
         seed: int = 0,
         front: Front = IMAGE_ITSELF,
     ) -> None:
@@ -64,6 +67,7 @@ class CaseBatches:
         self.device = device
         self.batch = batch
         self.augment = augment
+        self.warped = warped
         self.seed = seed
         self.flips = may_flip(spec.labels)
         self.swap = torch.tensor([0, *(p + 1 for p in mirrored(spec.labels))], device=device)
@@ -87,7 +91,7 @@ class CaseBatches:
     def _sample(self, case: _Resident, rng: np.random.Generator) -> tuple[Tensor, ...]:
         targets = [contrast for contrast in self.spec.contrasts if contrast in case.names]
         target = targets[int(rng.integers(len(targets)))]
-        images, classes = case.window(rng if self.augment else None, self.augment)
+        images, classes = case.window(rng if self.augment else None, self.augment, self.warped)
         if self.augment and self.flips and rng.random() < 0.5:
             images, classes = images.flip(2), self.swap[classes.flip(1)]
         volumes = {}
@@ -113,7 +117,7 @@ class CaseBatches:
         dtype = autocast_dtype(self.device) if mixed_precision else None
         values = []
         for case in self.cases:
-            images, classes = case.window(None, 0.0)
+            images, classes = case.window(None)
             target = next(c for c in self.spec.contrasts if c in case.names)
             image = images[:, [case.names.index(target)]]
             with torch.autocast(
@@ -187,12 +191,16 @@ class _Resident:
         self.nothing = torch.from_numpy(nothing).to(device)
         self.classes = torch.from_numpy(np.ascontiguousarray(case.classes[where])).to(device)[None]
 
-    def window(self, rng: np.random.Generator | None, strength: float) -> tuple[Tensor, Tensor]:
-        """Cut a window, varied where a source of randomness is given."""
-        if rng is None:
-            x, y, z = (slice(s, s + n) for s, n in zip(self.first, self.shape, strict=True))
+    def window(
+        self, rng: np.random.Generator | None, strength: float = 0.0, warped: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Cut a window; somewhere, and warped or not, where a source of randomness is given."""
+        i, j, k = self.first
+        if rng is not None:
+            i, j, k = (int(rng.integers(low, high + 1)) for low, high in self.starts)
+        if rng is None or (warped < 1 and rng.random() >= warped):
+            x, y, z = (slice(s, s + n) for s, n in zip((i, j, k), self.shape, strict=True))
             return self.images[..., x, y, z] + self.nothing, self.classes[..., x, y, z].long()
-        i, j, k = (float(rng.integers(low, high + 1)) for low, high in self.starts)
         a, b, c = self.classes.shape[1:]
         grid = random_warp(rng, self.shape, (i, j, k), (a, b, c), strength, self.images.device)
         images, classes = warp(self.images, self.classes, grid)

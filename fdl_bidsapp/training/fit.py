@@ -442,6 +442,7 @@ def fit(
         where,
         batch=recipe.batch,
         augment=recipe.augment,
+        warped=recipe.warped,
         seed=settings.seed,
         front=network.front,
     )

@@ -36,6 +36,10 @@ class Recipe:
         Cases in a step.
     augment
         How strongly to vary the cases: 0 not at all, 1 as a rule; few labels bear more.
+    warped
+        Share of the windows that are turned, scaled and bent, where windows are varied. Sampled
+        anew, an image is smoother and its labels are rougher than what the network is used on: the
+        others are cut out as they are.
     intensity
         Normalisation of all contrasts, ``None`` for the defaults of each; see
         :func:`fdl_bidsapp.imaging.intensity.limits`.
@@ -49,6 +53,7 @@ class Recipe:
     absent: float
     batch: int
     augment: float
+    warped: float
     intensity: str | None
     locator_steps: int
     schedule: Schedule
@@ -92,6 +97,7 @@ RECIPES = {
         absent=1.0,
         batch=1,
         augment=0.0,
+        warped=1.0,
         intensity="minmax",
         locator_steps=0,
         schedule=Schedule(
@@ -111,6 +117,7 @@ RECIPES = {
         absent=0.2,
         batch=2,
         augment=1.0,
+        warped=1.0,
         intensity=None,
         locator_steps=300,
         schedule=Schedule(5000, learning_rate=3e-3, weight_decay=1e-2, average=0.998),
@@ -120,6 +127,7 @@ RECIPES = {
         absent=0.2,
         batch=1,
         augment=1.0,
+        warped=1.0,
         intensity=None,
         locator_steps=300,
         schedule=Schedule(
@@ -231,5 +239,7 @@ def _check_option(key: str, value: object, default: object) -> None:
             valid, wanted = valid and value != 0, "a number above 0"
         if key == "average":
             valid, wanted = valid and value < 1, "a number from 0 to below 1"  # type: ignore[operator]
+        if key == "warped":
+            valid, wanted = valid and value <= 1, "a number from 0 to 1"  # type: ignore[operator]
     if not valid:
         raise UsageError(f"the recipe's {key} is {value!r}", f"give {wanted}")

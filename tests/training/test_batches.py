@@ -90,6 +90,17 @@ def test_windows_of_a_large_canvas_hold_every_structure():
         assert (len(starts) > 1) == bool(augment)
 
 
+def test_a_share_of_the_windows_is_cut_out_as_it_is(monkeypatch):
+    monkeypatch.setattr("fdl_bidsapp.training.batches.vary_intensity", lambda image, *_: image)
+    monkeypatch.setattr("fdl_bidsapp.training.batches.may_flip", lambda _: False)
+    case = case_of(0)
+    (plain, _) = CaseBatches([case], spec_of(), {}, CPU).draw(0)
+    for share in (0.0, 0.3, 1.0):
+        batches = CaseBatches([case], spec_of(), {}, CPU, augment=1.0, warped=share)
+        warped = [not torch.equal(batches.draw(step)[0], plain) for step in range(200)]
+        assert sum(warped) / 200 == pytest.approx(share, abs=0.1)
+
+
 def test_beyond_the_field_of_view_a_warp_finds_what_the_app_finds_there(monkeypatch):
     monkeypatch.setattr("fdl_bidsapp.training.batches.vary_intensity", lambda image, *_: image)
     case = case_of(0)

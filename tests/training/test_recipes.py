@@ -29,6 +29,7 @@ def test_the_paper_recipe_is_the_published_one():
         {"average": 1.0},
         {"learning_rate": -1},
         {"one_cycle": 1},
+        {"warped": 1.1},
         {"schedule": None},
     ],
 )
