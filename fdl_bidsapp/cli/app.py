@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from fdl_bidsapp import __version__
 from fdl_bidsapp.cli.parser import parse
-from fdl_bidsapp.cli.trouble import explain, visible
+from fdl_bidsapp.cli.trouble import explain, reader_left, visible
 from fdl_bidsapp.errors import (
     FdlError,
     InputMissingError,
@@ -77,11 +77,15 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse(argv)
         level = {"participant": run_participant, "group": run_group}[settings.analysis_level]
-        return level(settings)
+        code = level(settings)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("fdl-bidsapp: stopped; run it again to go on", file=sys.stderr)
         return _INTERRUPTED
     except Exception as error:
+        if reader_left(error):
+            return 128 + signal.SIGPIPE
         told = explain(error, _log_dir(settings))
         _say(f"fdl-bidsapp: {told}")
         return told.exit_code

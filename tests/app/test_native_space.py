@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,19 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(study, capsys):
     assert "r2star (echo_fit)  <- segmented" in said
     assert str(study.output("02", "space-orig_seg-fdl_dseg.nii.gz")) in said
     assert not study.out.exists()
+
+
+def test_a_reader_who_leaves_a_dry_run_is_no_fault_of_the_disk(study):
+    study.add("01", ("qsm",))
+    app = Path(sys.executable).with_name("fdl-bidsapp")
+    shown = subprocess.Popen(
+        [app, study.bids, study.out, "participant", "--dry-run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    shown.stdout.close()
+    _, told = shown.communicate(timeout=120)
+    assert (shown.returncode, told) == (128 + signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize("installed", [False, True])
