@@ -29,9 +29,24 @@ from fdl_bidsapp.training.experiment import (
     read_cases,
     recorded,
 )
+from fdl_bidsapp.training.fit import read_toml
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ("dice", "hd95")
+
+
+def read_grid(path: Path) -> dict[str, Any]:
+    """Read the settings of a grid: what a file names as its ``base``, and on top what it changes.
+
+    A table in the file changes the entries that it has; all else takes the place of the base's.
+    """
+    values = read_toml(path)
+    if "base" not in values:
+        return values
+    merged = read_grid(path.with_name(values.pop("base")))
+    for key, value in values.items():
+        merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+    return merged
 
 
 def unfinished(experiment: Experiment, name: str) -> Experiment:

@@ -24,7 +24,7 @@ from pathlib import Path
 import nibabel as nib
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from experiment_tables import gather, unfinished
+from experiment_tables import gather, read_grid, unfinished
 
 from fdl_bidsapp.bids.outputs import write_tsv
 from fdl_bidsapp.models.bundle import load_bundle
@@ -66,7 +66,7 @@ def main() -> None:
             gather(
                 f"midbrain_{name}",
                 options.out / name,
-                tuple(read_toml(HERE / f"{recipe}.toml")["grid"]),
+                tuple(read_grid(HERE / f"{recipe}.toml")["grid"]),
                 f"python benchmarks/midbrain/run.py COHORT OUT --recipes {recipe}",
                 options.published,
                 read_toml(HERE / "published.toml")["published"] if name == recipe else (),
@@ -77,7 +77,7 @@ def check_box(cohort: Path, recipe: str) -> None:
     """Refuse a cohort whose images are not of the size that a recipe is for."""
     path = read_table(cohort / "nuclei.tsv")[0].label
     shape = list(nib.nifti1.load(path).shape)
-    wanted = read_toml(HERE / f"{recipe}.toml")["grid_shape"]
+    wanted = read_grid(HERE / f"{recipe}.toml")["grid_shape"]
     if shape != wanted:
         box = " ".join(map(str, wanted))
         raise SystemExit(
@@ -116,7 +116,7 @@ def run(
     minutes: float,
 ) -> None:
     """Run a part of a recipe's grid: multimodal fusion, or the methods of one contrast."""
-    values = read_toml(HERE / f"{recipe}.toml")
+    values = read_grid(HERE / f"{recipe}.toml")
     grid = values["grid"]
     grid |= {"structures": [structures], "targets": [targets], "seed": [seed]}
     grid["method"] = [

@@ -1,6 +1,6 @@
 """Run the grids on the MSD hippocampus crops, and put their results into ``benchmarks/results``.
 
-    python benchmarks/msd_hippocampus/run.py TABLES OUT [--grids paper paper-all released strong] \
+    python benchmarks/msd_hippocampus/run.py TABLES OUT [--grids paper paper-all …] \
         [--folds 3] [--jobs 2] [--max-minutes 60]
 
 ``TABLES`` is from ``tables.py``. Fold by fold, each grid is trained on the training participants
@@ -18,13 +18,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from experiment_tables import gather, unfinished
+from experiment_tables import gather, read_grid, unfinished
 
 from fdl_bidsapp.training.experiment import make_experiment, run_experiment
-from fdl_bidsapp.training.fit import read_toml
 
 HERE = Path(__file__).parent
-GRIDS = ["paper", "paper-all", "released", "strong"]
+GRIDS = ["paper", "paper-all", "released", "strong", "warped"]
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
     for fold in range(options.folds):
         for grid in options.grids:
             left = options.max_minutes - (time.monotonic() - started) / 60
-            values = read_toml(HERE / f"{grid}.toml")
+            values = read_grid(HERE / f"{grid}.toml")
             values["table"] = str(options.tables / f"fold-{fold}.tsv")
             values["grid"]["seed"] = [fold]
             run_experiment(
@@ -54,7 +53,7 @@ def main() -> None:
                 progress=lambda line, fold=fold, grid=grid: print(f"{grid}, fold {fold}: {line}"),
             )
     for table in dict.fromkeys(map(table_of, options.grids)):
-        values = read_toml(HERE / f"{table}.toml")
+        values = read_grid(HERE / f"{table}.toml")
         grids = " ".join(grid for grid in GRIDS if table_of(grid) == table)
         gather(
             f"msd_{table}",
