@@ -117,7 +117,7 @@ RECIPES = {
         absent=0.2,
         batch=2,
         augment=1.0,
-        warped=1.0,
+        warped=0.5,
         intensity=None,
         locator_steps=300,
         schedule=Schedule(5000, learning_rate=3e-3, weight_decay=1e-2, average=0.998),
