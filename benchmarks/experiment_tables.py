@@ -63,6 +63,7 @@ def gather(
     command: str,
     published: Path | None = None,
     chosen: Sequence[Mapping[str, Any]] = (),
+    reference: str | None = None,
 ) -> None:
     """Add the runs of a folder to the kept cases; write means and differences of methods of all.
 
@@ -80,6 +81,8 @@ def gather(
         What made them.
     published, chosen
         Table of published values, and which to show beside.
+    reference
+        Name of the tables that have the networks without a split, where those would be the same.
     """
     cases: list[dict[str, Any]] = list(_kept(name))
     known = {row["settings"] for row in cases}
@@ -91,6 +94,8 @@ def gather(
             cases += [{"settings": digest, **given, **row} for row in read_cases(file)]
     if not cases:
         return
+    if reference is not None:
+        cases += _without_split(reference, cases, axes)
     columns = ("settings", *axes, *CASE_COLUMNS)
     write_tsv(RESULTS / f"{name}_cases.tsv", _rounded(cases), columns)
     results = aggregate(cases, axes)
@@ -102,6 +107,22 @@ def gather(
     _write(name, results, (*group, *RESULT_COLUMNS, *PUBLISHED_COLUMNS), made)
     columns = (*group, "reference_method", *DIFFERENCE_COLUMNS)
     _write(f"{name}_differences", method_differences(cases, axes), columns, made)
+
+
+def _without_split(
+    name: str, cases: Sequence[Mapping[str, Any]], axes: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the cases of networks without a split, of the tasks and seeds that the cases are of."""
+    others = [axis for axis in axes if axis != "method"]
+    known = {row["settings"] for row in cases}
+    points = {tuple(str(row[axis]) for axis in others) for row in cases}
+    return [
+        row
+        for row in _kept(name)
+        if row["method"] == "none"
+        and row["settings"] not in known
+        and tuple(str(row[axis]) for axis in others) in points
+    ]
 
 
 def _kept(name: str) -> list[dict[str, Any]]:

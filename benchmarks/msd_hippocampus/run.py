@@ -23,7 +23,8 @@ from experiment_tables import gather, read_grid, unfinished
 from fdl_bidsapp.training.experiment import make_experiment, run_experiment
 
 HERE = Path(__file__).parent
-GRIDS = ["paper", "paper-all", "released", "strong", "warped"]
+GRIDS = ["paper", "paper-all", "released", "released-all", "strong", "warped", "strong-released"]
+REFERENCES = {"released": "msd_paper", "strong-released": "msd_strong"}
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
             values["table"] = str(options.tables / f"fold-{fold}.tsv")
             values["grid"]["seed"] = [fold]
             run_experiment(
-                unfinished(make_experiment(values), f"msd_{table_of(grid)}"),
+                unfinished(make_experiment(values), results_of(grid)),
                 options.out / table_of(grid) / grid / f"fold-{fold}",
                 jobs=options.jobs,
                 max_minutes=max(left, 0),
@@ -56,18 +57,24 @@ def main() -> None:
         values = read_grid(HERE / f"{table}.toml")
         grids = " ".join(grid for grid in GRIDS if table_of(grid) == table)
         gather(
-            f"msd_{table}",
+            results_of(table),
             options.out / table,
             tuple(dict.fromkeys([*values["grid"], "seed"])),
             f"python benchmarks/msd_hippocampus/run.py TABLES OUT --grids {grids}",
             options.published,
             values.get("published", []),
+            REFERENCES.get(table),
         )
 
 
 def table_of(grid: str) -> str:
     """Name the table of a grid: all crops and few crops come into one."""
     return grid.removesuffix("-all")
+
+
+def results_of(grid: str) -> str:
+    """Name the table of results of a grid."""
+    return f"msd_{table_of(grid)}".replace("-", "_")
 
 
 if __name__ == "__main__":
