@@ -112,7 +112,7 @@ def gather(
 def _without_split(
     name: str, cases: Sequence[Mapping[str, Any]], axes: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return the cases of networks without a split, of the tasks and seeds that the cases are of."""
+    """Return the cases without a split, of the tasks and seeds that the cases are of."""
     others = [axis for axis in axes if axis != "method"]
     known = {row["settings"] for row in cases}
     points = {tuple(str(row[axis]) for axis in others) for row in cases}
