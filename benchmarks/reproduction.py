@@ -116,19 +116,20 @@ contrasts, late fusion in QSM, by half of what the papers report, and in iMag. W
 to learn from, the papers' main point, multimodal fusion is ahead beyond chance in QSM, over three
 seeds but by a small part of the papers' gain, and in R2*, there with late fusion. In whole volumes,
 as the papers have them, late fusion is ahead beyond chance there, over two seeds and again by a
-part of the papers' gain. On the hippocampus, with the spectrum of the released code, late fusion is
-a little ahead at n = 17, by half of what the papers report.
+part of the papers' gain. With the spectrum of the released code, early fusion is ahead with four
+red nuclei in QSM, over three seeds, and late fusion a little on the hippocampus at n = 17, by half
+of what the papers report.
 
 **Where we do not.** The papers' gain is largest where labels are fewest. Ours is not, in a box
 around the nuclei: at n = 4 late and multimodal fusion are behind on average over the tasks, at n =
 8 early and multimodal fusion are, and they do most harm in iMag. Early fusion, which the papers
-find nearly as good as late, is ahead at no point of the midbrain, on scans like those of training,
-and behind on average at n = 8 and 51. On the hippocampus, with the spectrum of the text, a split is
-never ahead, with the published recipe or a strong one; with four crops it is the strong recipe that
-gains, not the split. What differs most is the network without a split: ours loses far less with few
-labels than theirs, which errs by voxels many centimetres away (its HD95). What they did differently
-with that network, the papers do not say; on images of real participants, in whole volumes, a split
-may well guard against such errors.
+find nearly as good as late, is otherwise ahead at no point of the midbrain, on scans like those of
+training, and behind on average at n = 8 and 51. On the hippocampus, with the spectrum of the text,
+a split is never ahead, with the published recipe or a strong one; with four crops it is the strong
+recipe that gains, not the split. What differs most is the network without a split: ours loses far
+less with few labels than theirs, which errs by voxels many centimetres away (its HD95). What they
+did differently with that network, the papers do not say; on images of real participants, in whole
+volumes, a split may well guard against such errors.
 
 **On scans unlike those of training** a split helps in places in QSM, early fusion most, and nowhere
 in R2* and iMag, where it is mostly behind; so are all three methods on average at n = 8 and 51, and
