@@ -33,6 +33,13 @@ from fdl_bidsapp.training.fit import read_toml
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ("dice", "hd95")
+REFERENCES = {
+    "msd_released": "msd_paper",
+    "msd_strong_released": "msd_strong",
+    "midbrain_released": "midbrain_paper",
+    "midbrain_released_shifted": "midbrain_paper_shifted",
+}
+"""Tables of another spectrum, and those that have the same networks without a split."""
 
 
 def read_grid(path: Path) -> dict[str, Any]:
@@ -63,7 +70,6 @@ def gather(
     command: str,
     published: Path | None = None,
     chosen: Sequence[Mapping[str, Any]] = (),
-    reference: str | None = None,
 ) -> None:
     """Add the runs of a folder to the kept cases; write means and differences of methods of all.
 
@@ -81,8 +87,6 @@ def gather(
         What made them.
     published, chosen
         Table of published values, and which to show beside.
-    reference
-        Name of the tables that have the networks without a split, where those would be the same.
     """
     cases: list[dict[str, Any]] = list(_kept(name))
     known = {row["settings"] for row in cases}
@@ -94,10 +98,12 @@ def gather(
             cases += [{"settings": digest, **given, **row} for row in read_cases(file)]
     if not cases:
         return
-    if reference is not None:
-        cases += _without_split(reference, cases, axes)
+    if name in REFERENCES:
+        cases += _without_split(REFERENCES[name], cases, axes)
+    # Means are of what is kept, so that gathering again, elsewhere, gives the same.
+    cases = _rounded(cases)
     columns = ("settings", *axes, *CASE_COLUMNS)
-    write_tsv(RESULTS / f"{name}_cases.tsv", _rounded(cases), columns)
+    write_tsv(RESULTS / f"{name}_cases.tsv", cases, columns)
     results = aggregate(cases, axes)
     if published is not None:
         add_published(results, published, chosen)

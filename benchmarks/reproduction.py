@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from fdl_bidsapp.training.evaluate import MEAN
 from fdl_bidsapp.training.experiment import (
@@ -229,7 +230,7 @@ def section(name: str) -> list[str]:
         parts.append(pooled_table(name))
     if name in PAPERS_GRID:
         parts.append(lacking(rows, PAPERS_GRID[name]))
-    return [*parts, made_by(rows[0])]
+    return [*parts, origin(rows[0])]
 
 
 def lacking(rows: Sequence[Row], grid: Mapping[str, Sequence[str]]) -> str:
@@ -296,15 +297,17 @@ def pooled_table(name: str) -> str:
         for row in read_cases(RESULTS / f"{name}_cases.tsv")
         if row["structure"] == MEAN
     ]
-    axes = ("n_train", "method", "seed")
-    rows = [
-        {key: str(value) for key, value in row.items()} for row in method_differences(cases, axes)
-    ]
+    rows = differences_of(cases, ("n_train", "method", "seed"))
     lines = [
         (*point(row), row["n_seeds"], with_interval(row, "difference", sign="+"), row["p"])
         for row in dice(rows)
     ]
     return table((*point_names(rows), "networks", "difference", "p"), lines)
+
+
+def differences_of(cases: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[Row]:
+    """Compare the methods in pairs; the rows are as those of a table of results."""
+    return [{k: str(v) for k, v in row.items()} for row in method_differences(cases, axes)]
 
 
 def warping() -> list[str]:
@@ -317,19 +320,19 @@ def warping() -> list[str]:
         for row in read_cases(RESULTS / f"{name}_cases.tsv")
         if row["structure"] == MEAN
     ]
-    rows = method_differences(cases, ("n_train", "split", "method", "seed"))
-    found = {(row["n_train"], row["split"]): row for row in rows if row["metric"] == "dice"}
+    rows = differences_of(cases, ("n_train", "split", "method", "seed"))
+    gains = {(row["n_train"], row["split"]): row for row in rows if row["metric"] == "dice"}
     warped = dice(read("msd_warped.tsv"))
     lines = []
     for row in warped:
-        difference = {k: str(v) for k, v in found[row["n_train"], row["method"]].items()}
-        gain = with_interval(difference, "difference", sign="+")
-        lines.append((*point(row), with_interval(row, "mean"), gain, difference["p"]))
+        gain = gains[row["n_train"], row["method"]]
+        shown = with_interval(gain, "difference", sign="+")
+        lines.append((*point(row), with_interval(row, "mean"), shown, gain["p"]))
     columns = (*point_names(warped), "Dice, all warped", "half warped: gain", "p")
-    return [WARPING, table(columns, lines), made_by(warped[0])]
+    return [WARPING, table(columns, lines), origin(warped[0])]
 
 
-def made_by(row: Row) -> str:
+def origin(row: Row) -> str:
     """Say what made a table, and on what."""
     return f"Made by `{row['command']}`; {row['versions']}; {row['machine']}."
 

@@ -70,7 +70,6 @@ def main() -> None:
                 f"python benchmarks/midbrain/run.py COHORT OUT --recipes {recipe}",
                 options.published,
                 read_toml(HERE / "published.toml")["published"] if name == recipe else (),
-                f"midbrain_{name.replace('released', 'paper')}" if recipe == "released" else None,
             )
 
 

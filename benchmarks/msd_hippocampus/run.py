@@ -24,7 +24,6 @@ from fdl_bidsapp.training.experiment import make_experiment, run_experiment
 
 HERE = Path(__file__).parent
 GRIDS = ["paper", "paper-all", "released", "released-all", "strong", "warped", "strong-released"]
-REFERENCES = {"released": "msd_paper", "strong-released": "msd_strong"}
 
 
 def main() -> None:
@@ -63,7 +62,6 @@ def main() -> None:
             f"python benchmarks/msd_hippocampus/run.py TABLES OUT --grids {grids}",
             options.published,
             values.get("published", []),
-            REFERENCES.get(table),
         )
 
 
