@@ -129,9 +129,9 @@ find nearly as good as late, is otherwise ahead at no point of the midbrain, on 
 training, and behind on average at n = 8 and 51. On the hippocampus, with the spectrum of the text,
 a split is never ahead, with the published recipe or a strong one. With the published recipe, over
 three seeds, both methods are behind with 4 and 8 crops, where the papers have them ahead, and
-still, by little, with 130; early fusion also with 17, and late fusion with 50, in one seed. With the
-spectrum of the released code early fusion is behind with 4 and 17. With four crops it is the strong
-recipe that gains, not the split.
+still, by little, with 130; early fusion also with 17, and, in one seed, late fusion with 50. With
+the spectrum of the released code early fusion is behind with 4 and 17. With four crops it is the
+strong recipe that gains, not the split.
 What differs most is the network without a split: ours loses far less with few labels than theirs,
 which errs by voxels many centimetres away in the midbrain (its HD95). What they did differently
 with that network, the papers do not say; on images of real participants, in whole volumes, a split
