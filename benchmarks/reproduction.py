@@ -110,17 +110,17 @@ over these points, and over those of them for which the papers print both values
 """
 
 # Read again, and put right, whenever the tables change.
-IN_WORDS = """**Where we agree.** With many labels, late and multimodal fusion are a little better
-than a network without a split. At n = 51 both are ahead beyond chance on average over the
-midbrain's tasks (below: "averaged over the tasks"), at n = 16 late fusion is, and multimodal fusion
-nearly so. Most of it is the red nucleus: at n = 51 multimodal fusion is ahead there in all three
-contrasts, late fusion in QSM, by half of what the papers report, and in iMag. With four red nuclei
-to learn from, the papers' main point, multimodal fusion is ahead beyond chance in QSM, over three
-seeds but by a small part of the papers' gain, and in R2*, there with late fusion. In whole volumes,
-as the papers have them, late fusion is ahead beyond chance there, over two seeds and again by a
-part of the papers' gain. With the spectrum of the released code, early fusion is ahead with four
-red nuclei in QSM, over three seeds, and late fusion a little on the hippocampus at n = 17, by half
-of what the papers report.
+IN_WORDS = """**Where we agree.** On the midbrain, with many labels, late and multimodal fusion are
+a little better than a network without a split. At n = 51 both are ahead beyond chance on average
+over the midbrain's tasks (below: "averaged over the tasks"), at n = 16 late fusion is, and
+multimodal fusion nearly so. Most of it is the red nucleus: at n = 51 multimodal fusion is ahead
+there in all three contrasts, late fusion in QSM, by half of what the papers report, and in iMag.
+With four red nuclei to learn from, the papers' main point, multimodal fusion is ahead beyond chance
+in QSM, over three seeds but by a small part of the papers' gain, and in R2*, there with late
+fusion. In whole volumes, as the papers have them, late fusion is ahead beyond chance there, over
+two seeds and again by a part of the papers' gain. With the spectrum of the released code, early
+fusion is ahead with four red nuclei in QSM, over three seeds, and late fusion a little on the
+hippocampus at n = 17, by half of what the papers report.
 
 **Where we do not.** The papers' gain is largest where labels are fewest. Ours is not, in a box
 around the nuclei: at n = 4 late and multimodal fusion are behind on average over the tasks, at n =
@@ -131,11 +131,10 @@ a split is never ahead, with the published recipe or a strong one. With the publ
 three seeds, both methods are behind with 4 and 8 crops, where the papers have them ahead, and
 still, by little, with 130; early fusion also with 17, and, in one seed, late fusion with 50. With
 the spectrum of the released code early fusion is behind with 4 and 17. With four crops it is the
-strong recipe that gains, not the split.
-What differs most is the network without a split: ours loses far less with few labels than theirs,
-which errs by voxels many centimetres away in the midbrain (its HD95). What they did differently
-with that network, the papers do not say; on images of real participants, in whole volumes, a split
-may well guard against such errors.
+strong recipe that gains, not the split. What differs most is the network without a split: ours
+loses far less with few labels than theirs, which errs by voxels many centimetres away in the
+midbrain (its HD95). What they did differently with that network, the papers do not say; on images
+of real participants, in whole volumes, a split may well guard against such errors.
 
 **On scans unlike those of training** a split helps in places in QSM, early fusion most, and nowhere
 in R2* and iMag, where it is mostly behind; so are all three methods on average at n = 8 and 51, and

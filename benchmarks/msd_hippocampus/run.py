@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def table_of(grid: str) -> str:
-    """Name the table of a grid: all crops and few crops come into one."""
+    """Name the table of a grid: many crops and few crops come into one."""
     return grid.removesuffix("-all")
 
 
